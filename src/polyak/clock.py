@@ -1,0 +1,91 @@
+"""The clock of an average: which call is an update, and what time it is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from polyak.errors import StateError
+from polyak.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A moment on the time axis of one average.
+
+    Attributes:
+        every: how many calls make one update.
+        start: where on the axis time 0 of the profiles is; up to there the average is a copy of the source.
+        axis: what time counts, decided by the first call: calls, or what the caller passes as `at`.
+        time: the time of the last call.
+        updated_at: the time of the last update.
+        num_calls: how often it was called.
+        num_updates: how many of the calls were updates.
+    """
+
+    every: int = 1
+    start: float = 0.0
+    axis: Literal["calls", "at"] | None = None
+    time: float = 0.0
+    updated_at: float = 0.0
+    num_calls: int = 0
+    num_updates: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.every) is not int or self.every < 1:
+            raise ValueError(f"every={self.every!r}: an update is made every 1, 2, 3, ... calls")
+        if not 0 <= self.start < math.inf:
+            raise ValueError(f"start={self.start!r}: the start is a finite time, 0 or later, in units of the time axis")
+
+    def tick(self, at: float | None) -> Clock:
+        """The clock after one more call.
+
+        Raises:
+            StateError: the time axis is another one than in the calls before.
+            ValueError: time does not advance.
+        """
+        axis = "calls" if at is None else "at"
+        if self.axis not in (None, axis):
+            raise StateError(
+                "update() and update(at=...) cannot be mixed: this average counts "
+                f"{'its calls' if self.axis == 'calls' else 'the time that it is given'} since the first update"
+            )
+        time = self.time + 1.0 if at is None else float(at)
+        if not self.time < time < math.inf:
+            raise ValueError(
+                f"update(at={at!r}): time must advance, and was {self.time:g} before; give the time after the "
+                "optimizer's step, such as the number of images seen so far"
+            )
+        num_calls = self.num_calls + 1
+        due = num_calls % self.every == 0
+        return Clock(
+            every=self.every,
+            start=self.start,
+            axis=axis,
+            time=time,
+            updated_at=time if due else self.updated_at,
+            num_calls=num_calls,
+            num_updates=self.num_updates + due,
+        )
+
+    def growth(self, profile: Profile, previous: float) -> float:
+        """The growth of a profile from an earlier time of this clock to its last update."""
+        if self.updated_at <= self.start:
+            return math.inf
+        return profile.growth(max(previous - self.start, 0.0), self.updated_at - self.start)
+
+    @property
+    def profile_time(self) -> float:
+        """The time of the last update as profiles count it."""
+        return max(self.updated_at - self.start, 0.0)
+
+    def state(self) -> dict[str, Any]:
+        """What changes as the clock runs, as plain data."""
+        return {
+            "axis": self.axis,
+            "time": self.time,
+            "updated_at": self.updated_at,
+            "num_calls": self.num_calls,
+            "num_updates": self.num_updates,
+        }

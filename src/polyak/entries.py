@@ -1,0 +1,281 @@
+"""From a model to its entries: which tensors it has, under which names, and what is done with each.
+
+An entry is one tensor. Tied names are one entry with aliases, wrappers leave no trace in a name, and every decision
+about a tensor (average, copy or skip it) is taken here, once, and carries its reason.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from polyak.errors import MismatchError, StateError, listed
+from polyak.names import WRAPPER_SEGMENTS, join
+
+Action: TypeAlias = Literal["average", "copy", "skip"]
+RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"
+Rules: TypeAlias = Mapping[RuleKey, Action]
+
+AVERAGEABLE = frozenset(
+    {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
+)
+_DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One place in a model that holds a tensor: `holder[key]`, a module's own dictionary."""
+
+    name: str
+    module: nn.Module
+    holder: dict[str, Any]
+    key: str
+    is_parameter: bool
+    persistent: bool
+
+    @property
+    def tensor(self) -> Tensor:
+        """The tensor that this place holds now."""
+        return self.holder[self.key]
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tensor of the source: all the places that hold it, and what is done with it.
+
+    Attributes:
+        name: the canonical name, the first in registration order.
+        sites: every place that holds the tensor; more than one where it is tied.
+        action: average, copy or skip.
+        reason: why, in a few words, for reports and errors.
+        tensor: the tensor itself, held strongly because addresses get reused.
+        shape: as it was when the average was made. A tensor may change its own when its data is replaced.
+        dtype: as it was then.
+        device: as it was then.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    action: Action
+    reason: str
+    tensor: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """The other names of a tied tensor."""
+        return tuple(site.name for site in self.sites[1:])
+
+    @property
+    def persistent_names(self) -> tuple[str, ...]:
+        """The names under which the bare model's `state_dict()` holds this tensor."""
+        return tuple(site.name for site in self.sites if site.persistent)
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether any place holds it as a parameter."""
+        return any(site.is_parameter for site in self.sites)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The bare model inside of `torch.compile`, DataParallel, DDP and whatever wraps a whole model as they do.
+
+    Example:
+        >>> bare = nn.Linear(2, 2)
+        >>> unwrap(nn.DataParallel(bare)) is bare
+        True
+    """
+    while True:
+        if "_orig_mod" in model._modules:
+            inner = model._modules["_orig_mod"]
+        elif _wraps(model):
+            inner = model._modules["module"]
+        else:
+            return model
+        assert inner is not None
+        model = inner
+
+
+def _wraps(model: nn.Module) -> bool:
+    if isinstance(model, _DATA_PARALLEL):
+        return True
+    own = [tensor for tensor in (*model._parameters.values(), *model._buffers.values()) if tensor is not None]
+    return not own and list(model._modules) == ["module"] and model._modules["module"] is not None
+
+
+def walk(model: nn.Module) -> Iterator[Site]:
+    """Every place of the bare model that holds a tensor, in the order of `state_dict()`."""
+    yield from _walk(unwrap(model), ())
+
+
+def _walk(module: nn.Module, path: tuple[str, ...]) -> Iterator[Site]:
+    for holder, is_parameter in ((module._parameters, True), (module._buffers, False)):
+        for key, tensor in holder.items():
+            if tensor is not None:
+                persistent = is_parameter or key not in module._non_persistent_buffers_set
+                yield Site(join((*path, key)), module, holder, key, is_parameter, persistent)
+    for name, child in module._modules.items():
+        if child is not None:
+            transparent = name in WRAPPER_SEGMENTS or (name == "module" and isinstance(module, _DATA_PARALLEL))
+            yield from _walk(child, path if transparent else (*path, name))
+
+
+def gather(model: nn.Module) -> list[list[Site]]:
+    """The tensors of the bare model, each with all the places that hold it.
+
+    Raises:
+        StateError: a tensor has no values yet, or none here.
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
+    ties: dict[Any, list[Site]] = {}
+    for site in walk(model):
+        _check_initialised(site)
+        ties.setdefault(_identity(site.tensor), []).append(site)
+    return list(ties.values())
+
+
+def resolve(model: nn.Module, rules: Rules, *, include_frozen: bool = False) -> list[Entry]:
+    """Lists the entries of a model, each with its action.
+
+    Args:
+        model: the source, bare or wrapped.
+        rules: what to do with which tensors; the first match wins, over the defaults.
+        include_frozen: average frozen parameters too, where by default they are skipped.
+
+    Raises:
+        StateError: the model has nothing to average, or a tensor that cannot be averaged.
+        MismatchError: two tensors share memory without being the same tensor.
+    """
+    check_rules(rules)
+    used: set[int] = set()
+    entries: list[Entry] = []
+    for sites in gather(model):
+        action, reason = _decide(sites, rules, used, include_frozen)
+        tensor = sites[0].tensor
+        entries.append(
+            Entry(sites[0].name, tuple(sites), action, reason, tensor, tensor.shape, tensor.dtype, tensor.device)
+        )
+        _check_averageable(entries[-1])
+    _check_overlaps(entries)
+    unused = [key for position, key in enumerate(rules) if isinstance(key, str) and position not in used]
+    if unused:
+        warnings.warn(f"rules: no tensor of the model is called {listed(unused)}", stacklevel=4)
+    if not any(entry.action == "average" for entry in entries):
+        frozen = sum(entry.reason == "frozen" for entry in entries)
+        raise StateError(
+            f"there is nothing to average: {type(unwrap(model)).__name__} has {len(entries)} tensors, {frozen} of them "
+            "frozen parameters; set requires_grad before the average is made, or name tensors to average in rules="
+        )
+    return entries
+
+
+def check_rules(rules: Rules) -> None:
+    """Raises ValueError or TypeError for rules that cannot be meant."""
+    for key, action in rules.items():
+        if action not in get_args(Action):
+            raise ValueError(f"rules: {key!r} is to {action!r}; the actions are {', '.join(get_args(Action))}")
+        if not (isinstance(key, str) or callable(key)) or (isinstance(key, type) and not issubclass(key, nn.Module)):
+            raise TypeError(f"rules: {key!r} is neither a name pattern, nor a module class, nor a function of a tensor")
+
+
+def _identity(tensor: Tensor) -> Any:
+    """Equal for two tensors exactly when they are one: the same memory, seen in the same way."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0 or tensor.is_meta:
+        return id(tensor)
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _decide(sites: list[Site], rules: Rules, used: set[int], include_frozen: bool) -> tuple[Action, str]:
+    for position, (key, action) in enumerate(rules.items()):
+        if any(_matches(key, site) for site in sites):
+            used.add(position)
+            return action, f"rule {key if isinstance(key, str) else getattr(key, '__name__', key)!s}"
+    tensor = sites[0].tensor
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return "copy", "not a floating-point tensor"
+    if any(site.is_parameter for site in sites):
+        if tensor.requires_grad or include_frozen:
+            return "average", "parameter"
+        return "skip", "frozen"
+    if not any(site.persistent for site in sites):
+        return "copy", "non-persistent buffer"
+    if any(_is_spectral_vector(site) for site in sites):
+        return "copy", "singular vector of a spectral norm"
+    return "average", "buffer"
+
+
+def _matches(key: RuleKey, site: Site) -> bool:
+    if isinstance(key, str):
+        return fnmatch.fnmatchcase(site.name, key)
+    if isinstance(key, type):
+        return isinstance(site.module, key)
+    return bool(key(site.name, site.tensor))
+
+
+def _is_spectral_vector(site: Site) -> bool:
+    if isinstance(site.module, _SpectralNorm):
+        return True
+    hooks = cast("dict[int, object]", vars(site.module)["_forward_pre_hooks"]).values()
+    return any(isinstance(hook, SpectralNorm) and site.key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)
+
+
+def _check_initialised(site: Site) -> None:
+    tensor = site.tensor
+    if nn.parameter.is_lazy(tensor):
+        raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
+    if tensor.is_meta:
+        raise StateError(f"{site.name!r} is on the meta device and has no values; materialise the model first")
+    if site.is_parameter and tensor.numel() == 0:
+        raise StateError(
+            f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "
+            "the values away; use FSDP2, whose shards can be averaged, or ZeRO-2"
+        )
+
+
+def _check_averageable(entry: Entry) -> None:
+    tensor = entry.tensor
+    if entry.action == "average" and (tensor.is_quantized or tensor.dtype not in AVERAGEABLE):
+        raise StateError(
+            f"{entry.name!r} cannot be averaged: its dtype is {tensor.dtype}; give it a rule, "
+            f"rules={{{entry.name!r}: 'copy'}}"
+        )
+
+
+def _check_overlaps(entries: list[Entry]) -> None:
+    """Raises where an averaged tensor shares memory with another entry: a part of it would be averaged twice."""
+    spans = sorted((*_span(entry.tensor), position) for position, entry in enumerate(entries) if _has_span(entry))
+    reaching: tuple[str, int, Entry] | None = None
+    for device, start, end, position in spans:
+        entry = entries[position]
+        if reaching is not None and reaching[0] == device and start < reaching[1]:
+            other = reaching[2]
+            if "average" in (entry.action, other.action):
+                one, two = sorted((entry, other), key=entries.index)
+                raise MismatchError(
+                    f"{one.name!r} {tuple(one.shape)} and {two.name!r} {tuple(two.shape)} share memory without being "
+                    "the same tensor; only whole tensors can be tied. Clone one of them"
+                )
+        if reaching is None or reaching[0] != device or end > reaching[1]:
+            reaching = device, end, entry
+
+
+def _has_span(entry: Entry) -> bool:
+    return type(entry.tensor) in (Tensor, nn.Parameter) and entry.tensor.numel() > 0 and not entry.tensor.is_quantized
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (reach + 1) * tensor.element_size()

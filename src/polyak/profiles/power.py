@@ -1,0 +1,104 @@
+"""The power profile: an average whose length is a fixed share of the run so far, however long that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import LOG_2, Profile
+from .checks import check_now, check_times
+from .convert import LARGEST_RELATIVE_STD, exponent_to_relative_std, relative_std_to_exponent
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Power(Profile):
+    """An average whose length is a fixed share of the run so far: the power function EMA of EDM2.
+
+        g(t) = t ** (exponent + 1)
+        weight(t - 1, t) = 1 - (1 - 1 / t) ** (exponent + 1)
+        relative_std ** 2 = (exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))
+
+    Its mean age is 1 / (exponent + 2) of the run so far: 11 % for the default. The initial weights are forgotten at
+    the first update. Its length is named in one of two ways, by keyword, since both are small numbers.
+
+    Args:
+        relative_std: Standard deviation of the times in the average, as a share of the run so far (sigma_rel in the
+            paper), in (0, 12 ** -0.5). Default 0.10; 0.05 to 0.15 is usual.
+        exponent: Exponent (gamma in the paper), above -1. At 0 the average is uniform.
+
+    Attributes:
+        relative_std: As given, or of the exponent given.
+        exponent: As given, or of the relative_std given.
+
+    Raises:
+        ValueError: A value is outside its range, or both are given.
+        TypeError: A value is given without a keyword, or is no number.
+
+    Example:
+        >>> profile = Power(relative_std=0.05)
+        >>> round(profile.exponent, 10)
+        16.9721986023
+        >>> round(profile.mean_age(1000), 4)
+        52.7087
+        >>> Power()
+        Power(relative_std=0.1)
+
+    Source:
+        Karras et al., Analyzing and improving the training dynamics of diffusion models, 2024, equations 121 to 127.
+    """
+
+    exponent: float
+    relative_std: float = field(compare=False)
+    _given: tuple[str, float] = field(compare=False)
+
+    def __init__(self, *positional: object, relative_std: float | None = None, exponent: float | None = None) -> None:
+        if positional:
+            raise TypeError(_which_was_meant(positional))
+        if relative_std is not None and exponent is not None:
+            raise ValueError(
+                f"relative_std={relative_std!r} and exponent={exponent!r} name the same thing twice: give one of them"
+            )
+        if exponent is not None:
+            relative_std = exponent_to_relative_std(exponent)
+            given = ("exponent", float(exponent))
+        else:
+            relative_std = 0.10 if relative_std is None else relative_std
+            exponent = relative_std_to_exponent(relative_std)
+            given = ("relative_std", float(relative_std))
+        object.__setattr__(self, "exponent", float(exponent))
+        object.__setattr__(self, "relative_std", float(relative_std))
+        object.__setattr__(self, "_given", given)
+
+    def growth(self, previous: float, now: float) -> float:
+        """Returns (exponent + 1) * log(now / previous); see `Profile.growth`."""
+        check_times(previous, now)
+        if previous == now:
+            return 0.0
+        if previous == 0:
+            return math.inf
+        return (self.exponent + 1) * math.log1p((now - previous) / previous)
+
+    def mean_age(self, now: float = math.inf) -> float:
+        """Returns now / (exponent + 2); see `Profile.mean_age`."""
+        check_now(now)
+        return now / (self.exponent + 2)
+
+    def half_life(self, now: float = math.inf) -> float:
+        """Returns (1 - 2 ** (-1 / (exponent + 1))) * now; see `Profile.half_life`."""
+        check_now(now)
+        return -math.expm1(-LOG_2 / (self.exponent + 1)) * now
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the argument that the profile was made from, for instance {..., "relative_std": 0.1}."""
+        name, value = self._given
+        return {"profile": "power", name: value}
+
+
+def _which_was_meant(positional: tuple[object, ...]) -> str:
+    value = positional[0]
+    if isinstance(value, float) and 0 < value < LARGEST_RELATIVE_STD:
+        likely = f"relative_std={value!r} was probably meant, a share of the run"
+    else:
+        likely = f"exponent={value!r} was probably meant, as a relative_std lies below {LARGEST_RELATIVE_STD:.6f}"
+    return f"Power({', '.join(map(repr, positional))}) needs a keyword: {likely}"

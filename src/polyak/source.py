@@ -1,0 +1,205 @@
+"""The model being trained, as the averages see it: its entries, and whether they are still the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyak.entries import Entry, Rules, Site, gather, resolve, walk
+from polyak.errors import MismatchError, StateError, listed
+from polyak.kernels import average_dtype
+
+
+class Watch:
+    """Tells whether a model still consists of the same modules and tensors, at the same addresses.
+
+    It is asked at every update, touches no tensor's memory, and runs in C: about 0.1 microseconds for each tensor and
+    each module. It holds the model's parts, but not the model itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = list(model.modules())
+        self._holders: list[dict[str, Any]] = [
+            holder for module in modules for holder in (module._parameters, module._buffers, module._modules)
+        ]
+        # Strong references: an address, or the identity of an object, may be given to another one after it is gone.
+        self._values: list[object] = [value for holder in self._holders for value in holder.values()]
+        self._lengths = list(map(len, self._holders))
+        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+
+    def is_current(self) -> bool:
+        """Whether nothing was added, removed or replaced."""
+        return (
+            list(map(len, self._holders)) == self._lengths
+            and all(map(is_, chain.from_iterable(map(dict[str, Any].values, self._holders)), self._values))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+        )
+
+
+class Source:
+    """A model with its entries resolved once.
+
+    `is_current` is the quick check, for every update. `refresh` is the thorough one: it walks the model again, and
+    either takes the new tensors under the old names or raises.
+
+    Args:
+        model: bare or wrapped.
+        rules: what to do with which tensors.
+        include_frozen: average frozen parameters too.
+        any_device: whether the model may move to another device.
+        any_dtype: whether its floating-point tensors may be cast to any other floating-point dtype.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rules: Rules,
+        *,
+        include_frozen: bool = False,
+        any_device: bool = False,
+        any_dtype: bool = False,
+    ) -> None:
+        self.model = model
+        self._any_device = any_device
+        self._any_dtype = any_dtype
+        self._adopt(resolve(model, rules, include_frozen=include_frozen))
+
+    def _adopt(self, entries: list[Entry]) -> None:
+        self.entries = entries
+        self._addresses = {entry.name: entry.tensor.data_ptr() for entry in entries}
+        self._frozen = [entry for entry in entries if entry.reason == "frozen"]
+        self._watch = Watch(self.model)
+
+    def is_current(self) -> bool:
+        """Whether every entry is still the same tensor at the same address."""
+        return self._watch.is_current()
+
+    def check_frozen(self) -> None:
+        """Raises where a parameter that was frozen is trained now."""
+        for entry in self._frozen:
+            if entry.tensor.requires_grad:
+                raise StateError(
+                    f"{entry.name!r} was frozen when the average was made and is trained now; "
+                    "make the average after requires_grad is set, or name it in rules= to average it from the start"
+                )
+
+    def refresh(self, model: nn.Module | None = None) -> bool:
+        """Walks the model again and takes its present tensors; True where any of them is another one.
+
+        Args:
+            model: the model to look at from now on, where it is another one or otherwise wrapped.
+
+        Raises:
+            MismatchError: the model's tensors are no longer those that the averages were made for.
+        """
+        model = self.model if model is None else model
+        found = match_sites(model, self.entries, given_by="the model")
+        for entry in self.entries:
+            self._check_kept(entry, found[entry.name][0].tensor)
+        moved = model is not self.model or not self.is_current()
+        self.model = model
+        self._adopt(
+            [replace(entry, sites=found[entry.name], tensor=found[entry.name][0].tensor) for entry in self.entries]
+        )
+        self.check_frozen()
+        return moved
+
+    def _check_kept(self, entry: Entry, tensor: Tensor) -> None:
+        if average_dtype(tensor.dtype) != average_dtype(entry.dtype) and not self._any_dtype:
+            difference = f"{tensor.dtype}, and was {entry.dtype}; cast the model before its average is made"
+        elif tensor.device != entry.device and not self._any_device:
+            difference = (
+                f"on {tensor.device}, and was on {entry.device}; move the model before its average is made, or "
+                "choose a device for the average, with device="
+            )
+        else:
+            return
+        raise MismatchError(f"{entry.name!r} of the model is {difference}. Nothing was written")
+
+    def replaced(self) -> list[tuple[Entry, Site]]:
+        """The places that hold another tensor, or the same one with other memory, than when last looked at."""
+        if self.is_current():
+            return []
+        known = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
+        sites = [(known[site.name], site) for site in walk(self.model) if site.name in known]
+        return [
+            (entry, site)
+            for entry, site in sites
+            if site.tensor is not entry.tensor or site.tensor.data_ptr() != self._addresses[entry.name]
+        ]
+
+
+def match_sites(model: nn.Module, entries: Iterable[Entry], *, given_by: str) -> dict[str, tuple[Site, ...]]:
+    """The places of a model that hold what these entries are, by name, after everything was checked.
+
+    Raises:
+        MismatchError: the model has other tensors.
+    """
+    entries = list(entries)
+    found = {sites[0].name: tuple(sites) for sites in gather(model)}
+    check_same_names(
+        {name: [site.name for site in sites] for name, sites in found.items()},
+        {entry.name: [entry.name, *entry.aliases] for entry in entries},
+        given_by=given_by,
+        wanted_by="the average",
+    )
+    for entry in entries:
+        _check_same_kind(entry, found[entry.name][0].tensor, given_by=given_by)
+    return found
+
+
+def check_same_names(
+    given: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequence[str]], *, given_by: str, wanted_by: str
+) -> None:
+    """Raises MismatchError unless both have the same tensors under the same names, tied in the same way.
+
+    Args:
+        given: the names of each tensor, by its first name.
+        wanted: the same, as it should be.
+        given_by: whose tensors the first are, for the error.
+        wanted_by: whose tensors the others are.
+    """
+    missing, extra = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
+    aliases = {alias: name for name, names in wanted.items() for alias in names[1:]}
+    cut = next((name for name in extra if name in aliases), None)
+    if cut is not None:
+        cause = f"{cut!r} was tied to {aliases[cut]!r} and is a tensor of its own now"
+    elif len(missing) == len(extra):
+        cause = "it is another model, or its layers were renamed"
+    else:
+        cause = "layers were added or removed"
+    if missing or extra:
+        raise MismatchError(
+            f"{given_by} and {wanted_by} hold different tensors. Only {wanted_by}: {listed(missing) or 'none'}. Only "
+            f"{given_by}: {listed(extra) or 'none'}. Probably {cause}. Nothing was written; a new model needs a new "
+            "average"
+        )
+    for name, names in given.items():
+        if set(names) != set(wanted[name]):
+            raise MismatchError(
+                f"{given_by} and {wanted_by} tie {name!r} differently: {listed(names)} against {listed(wanted[name])}. "
+                "Nothing was written"
+            )
+
+
+def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str) -> None:
+    if tensor.shape != entry.shape:
+        difference = f"the shape {tuple(tensor.shape)}, not {tuple(entry.shape)}"
+    elif _kind(tensor.dtype) != _kind(entry.dtype):
+        difference = f"the dtype {tensor.dtype}, not {entry.dtype}"
+    else:
+        return
+    raise MismatchError(f"{entry.name!r} of {given_by} has {difference}. Nothing was written")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating" if dtype.is_floating_point else str(dtype)

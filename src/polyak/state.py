@@ -1,0 +1,158 @@
+"""The state of a `WeightAverage`: for resuming, bit for bit, under the configuration that it was saved with.
+
+    {"format": "polyak.WeightAverage", "version": 1,
+     "configuration": {"profiles": {name: description}, "every": int, "start": float, "dtypes": [str]},
+     "clock": {...}, "pending": {name: float}, "ties": {name: [alias]},
+     "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
+
+The fingerprint of the configuration stands in the path of every tensor, because a loader that reads into live tensors
+(torch.distributed.checkpoint does) would otherwise have overwritten them before anyone could compare configurations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from polyak.clock import Clock
+from polyak.core import Core
+from polyak.errors import FileFormatError, MismatchError, StateError, listed
+from polyak.kernels import copy_
+from polyak.source import check_same_names
+
+FORMAT = "polyak.WeightAverage"
+VERSION = 1
+
+
+def save_state(core: Core) -> dict[str, Any]:
+    """The state, whose tensors are the averages themselves."""
+    configuration = _configuration(core)
+    fingerprint = _fingerprint(configuration)
+    copies = set(core.store.copies)
+    averages = {
+        profile: {name: tensor for name, tensor in core.store.tensors(profile).items() if name not in copies}
+        for profile in core.profiles
+    }
+    tensors = core.store.tensors(next(iter(core.profiles)))
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "configuration": configuration,
+        "clock": core.clock.state(),
+        "pending": dict(core.store.pending),
+        "ties": {entry.name: list(entry.aliases) for entry in core.source.entries if entry.aliases},
+        "averages": {fingerprint: averages},
+        "copies": {fingerprint: {name: tensors[name] for name in core.store.copies}},
+    }
+
+
+def load_state(core: Core, state: Mapping[str, Any]) -> None:
+    """Checks a state against what is here, whole, and takes it over."""
+    _check_format(state)
+    configuration = _configuration(core)
+    if state["configuration"] != configuration:
+        raise StateError(
+            "the state was saved with another configuration and cannot be continued under this one: "
+            f"{_explain(state['configuration'], configuration)}. Make the WeightAverage as it was then"
+        )
+    fingerprint = _fingerprint(configuration)
+    clock = _read_clock(core.clock, state["clock"])
+    try:
+        pending = {name: float(state["pending"][name]) for name in core.profiles}
+        given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
+        copies = _dictionary(state["copies"][fingerprint])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FileFormatError(f"the state is damaged: {type(error).__name__}: {error}") from error
+    if any(not growth >= 0 for growth in pending.values()):
+        raise FileFormatError(f"the state is damaged: its pending growth is {pending}")
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
+    sets = [(core.store.averages[name], given[name], f"average {name!r}") for name in core.profiles]
+    for kept, found, what in [*sets, (core.store.copies, copies, "copies")]:
+        matched = _match(core, kept, found, what)
+        targets += kept.values()
+        sources += [matched[name] for name in kept]
+    with torch.no_grad():
+        copy_(targets, sources)
+    core.store.pending = pending
+    core.clock = clock
+
+
+def _configuration(core: Core) -> dict[str, Any]:
+    first = next(iter(core.store.averages.values()))
+    return {
+        "profiles": {name: profile.describe() for name, profile in core.profiles.items()},
+        "every": core.clock.every,
+        "start": core.clock.start,
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in first.values()}),
+    }
+
+
+def _fingerprint(configuration: Mapping[str, Any]) -> str:
+    text = json.dumps([FORMAT, VERSION, configuration], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check_format(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # it may come from any file
+        raise FileFormatError(f"a state is a dictionary, as state_dict() gives it, not {type(state).__name__}")
+    if state.get("format") != FORMAT:
+        raise FileFormatError(
+            f"this is no state of a WeightAverage; its keys are {listed(state)}. A dictionary of weights goes into the "
+            "model, by model.load_state_dict()"
+        )
+    if state.get("version") != VERSION:
+        raise FileFormatError(f"the state has version {state.get('version')!r}; this polyak reads version {VERSION}")
+    missing = {"configuration", "clock", "pending", "ties", "averages", "copies"} - state.keys()
+    if missing:
+        raise FileFormatError(f"the state is damaged: it has no {listed(sorted(missing))}")
+
+
+def _read_clock(clock: Clock, saved: Mapping[str, Any]) -> Clock:
+    try:
+        read = replace(clock, **saved)
+        times, counts = (read.time, read.updated_at), (read.num_calls, read.num_updates)
+        right = all(type(time) is float for time in times) and all(type(count) is int for count in counts)
+        right = right and read.axis in (None, "calls", "at") and 0 <= read.updated_at <= read.time < math.inf
+        right = right and 0 <= read.num_updates <= read.num_calls
+    except TypeError as error:
+        raise FileFormatError(f"the state is damaged: its clock is {saved!r}") from error
+    if not right or saved.keys() != clock.state().keys():
+        raise FileFormatError(f"the state is damaged: its clock is {saved!r}")
+    return read
+
+
+def _dictionary(value: object) -> dict[str, Tensor]:
+    items = cast("Mapping[object, object]", value).items() if isinstance(value, Mapping) else [(0, value)]
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in items):
+        raise TypeError("something stands where tensors by name should be")
+    return cast("dict[str, Tensor]", value)
+
+
+def _explain(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    keys = [key for key in here if saved.get(key) != here[key]]
+    return "; ".join(f"{key} was {saved.get(key)!r} and is {here[key]!r}" for key in keys)
+
+
+def _match(core: Core, kept: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The saved tensors under the names that they have here, after names, shapes and dtypes were checked."""
+    first_names = {alias: entry.name for entry in core.source.entries for alias in (entry.name, *entry.aliases)}
+    renamed = {first_names.get(name, name): tensor for name, tensor in found.items()}
+    check_same_names(
+        {name: [name] for name in renamed}, {name: [name] for name in kept}, given_by="the state", wanted_by="the model"
+    )
+    for name, tensor in kept.items():
+        saved = renamed[name]
+        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            raise MismatchError(
+                f"{name!r} in the {what} of the state is {tuple(saved.shape)} {saved.dtype}, and "
+                f"{tuple(tensor.shape)} {tensor.dtype} here. Nothing was written"
+            )
+    return renamed

@@ -1,0 +1,4 @@
+"""Where averages live: a store takes the growth of each update and knows nothing of clocks and profiles."""
+
+from .local import LocalStore as LocalStore
+from .step import Step as Step

@@ -1,0 +1,121 @@
+"""Averages as plain tensors by name, whole, in this process, on the source's device or a chosen one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from polyak.entries import Entry
+from polyak.kernels import Plan, Row, average_dtype, check_average_dtype, copy_
+from polyak.store.step import Step
+from polyak.store.swap import Swap
+
+
+class LocalStore:
+    """Holds the averages of each profile, the copies, and the growth that is still to be applied.
+
+    Attributes:
+        averages: for each profile, the averaged tensors by name. Every profile has the same names.
+        copies: the tensors that are copied, by name; they are the same for all profiles.
+        pending: for each profile, growth that no update has applied yet.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        profiles: Iterable[str],
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if dtype is not None:
+            check_average_dtype(dtype)
+        averaged = [entry for entry in entries if entry.action == "average"]
+        self.averages: dict[str, dict[str, Tensor]] = {
+            profile: {entry.name: _allocate(entry.tensor, dtype, device) for entry in averaged} for profile in profiles
+        }
+        self.copies: dict[str, Tensor] = {
+            entry.name: _like(entry.tensor, entry.tensor.dtype, device) for entry in entries if entry.action == "copy"
+        }
+        self.pending = dict.fromkeys(self.averages, 0.0)
+        self.swap: Swap | None = None
+        self.bind(entries)
+        # Until the first update the averages are what the source is.
+        self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+
+    def bind(self, entries: Sequence[Entry]) -> None:
+        """Takes the tensors of these entries as the sources of all updates from now on."""
+        assert self.swap is None
+        self._sources = {entry.name: entry.tensor.detach() for entry in entries if entry.action != "skip"}
+        first = next(iter(self.averages.values()))
+        self.plan = Plan(
+            [
+                Row(name, self._sources[name], tuple(averages[name] for averages in self.averages.values()))
+                for name in first
+            ]
+        )
+        self._copies = list(self.copies.values()), [self._sources[name] for name in self.copies]
+
+    def submit(self, step: Step) -> None:
+        """Applies the growth of a step, and what was pending, to every average."""
+        assert self.swap is None
+        for profile, growth in step.growth.items():
+            self.pending[profile] += growth
+        with torch.no_grad():
+            self.plan.run([-math.expm1(-growth) for growth in self.pending.values()])
+            copy_(*self._copies)
+        self.pending = dict.fromkeys(self.pending, 0.0)
+
+    def swap_in(self, profile: str, *, buffers: Iterable[str], aside: bool) -> None:
+        """Puts the average of a profile into the source, in place.
+
+        Args:
+            profile: whose average.
+            buffers: the names of entries whose changes inside the swap belong to the average.
+            aside: leave the store's tensors as they are, for somebody else reads them, and keep the source's values
+                in new memory; otherwise the two exchange their values.
+        """
+        assert self.swap is None
+        averages = {**self.averages[profile], **self.copies}
+        self.swap = Swap({name: (self._sources[name], averages[name]) for name in averages}, aside=aside)
+        self.swap.enter(frozenset(buffers))
+
+    def swap_out(self) -> list[str]:
+        """Puts the source's own values back; returns the names of parameters that were changed meanwhile.
+
+        It may be called at any time, also after `swap_in` or itself was interrupted, and does what is left to do.
+        """
+        if self.swap is None:
+            return []
+        changed = self.swap.leave()
+        self.swap = None
+        return changed
+
+    def tensors(self, profile: str) -> dict[str, Tensor]:
+        """The average of a profile and the copies by name, live, wherever they are at the moment."""
+        stored = {**self.averages[profile], **self.copies}
+        return stored if self.swap is None else self.swap.averages(stored)
+
+    def raw(self) -> dict[str, Tensor]:
+        """The source's own values by name, live, also while an average stands in the source."""
+        return dict(self._sources) if self.swap is None else {**self._sources, **self.swap.raw()}
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""
+        (profile,) = self.averages
+        for name in self.averages[profile]:
+            self.averages[profile][name] = tensors[name]
+        for name in self.copies:
+            self.copies[name] = tensors[name]
+
+
+def _allocate(source: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    kept = average_dtype(source.dtype) if dtype is None else dtype
+    return _like(source, kept.to_complex() if source.is_complex() and not kept.is_complex else kept, device)
+
+
+def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    return torch.empty_like(source, dtype=dtype, device=device, requires_grad=False).detach()

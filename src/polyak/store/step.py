@@ -1,0 +1,19 @@
+"""What the owner of the clock asks of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """One update.
+
+    Attributes:
+        growth: for each profile, `log(g(now) / g(previous))` since the update before; math.inf forgets everything.
+        number: the count of updates with this one, from 1.
+    """
+
+    growth: Mapping[str, float]
+    number: int

@@ -1,0 +1,188 @@
+"""One of the averages that a `WeightAverage` keeps, and what can be done with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from polyak.checkpoints import write_safetensors
+from polyak.core import Core
+from polyak.entries import unwrap
+from polyak.errors import StateError, listed
+from polyak.kernels import copy_
+from polyak.modules import build_module
+from polyak.profiles import Profile
+from polyak.source import Watch, match_sites
+
+
+class AverageView:
+    """One average by its name, as `average[name]` gives it. It holds nothing of its own.
+
+    Example:
+        >>> import polyak
+        >>> model = nn.Linear(2, 2)
+        >>> average = polyak.WeightAverage(model, {"short": polyak.Power(relative_std=0.05), "mean": polyak.Uniform()})
+        >>> average.update()
+        >>> with average["short"].swapped():
+        ...     output = model(torch.zeros(1, 2))
+    """
+
+    def __init__(self, core: Core, name: str, *, owner: object) -> None:
+        self._core = core
+        self._owner = owner
+        self.name = name
+
+    @property
+    def profile(self) -> Profile:
+        """How past weights count in this average."""
+        return self._core.profiles[self.name]
+
+    @contextmanager
+    def swapped(self) -> Generator[None, None, None]:
+        """The average stands in the source inside of the `with`; after it, the source's weights are back, bit for bit.
+
+        Values are exchanged in place: no tensor is replaced or moved, so compiled models see the average, and memory
+        beside the two grows only where their dtypes or devices differ. Buffers that are written inside (BatchNorm
+        statistics, say) stay with the average. The train or eval mode is left alone.
+
+        Raises:
+            StateError: an average stands in the source already; or, at the end, a parameter was changed inside. The
+                source's weights are back then, too.
+        """
+        core = self._core
+        core.check_not_swapped("swapped()")
+        core.verify()
+        try:
+            self._swap_in()
+            yield
+            changed = self._swap_out()
+        except BaseException:
+            # Also where the swap itself was interrupted: what is left of it is done before that goes on.
+            self._swap_out()
+            raise
+        if changed:
+            raise StateError(
+                f"changed inside of swapped(): {listed(changed)}. The trained weights are back as they were; "
+                "parameters must not be trained, loaded or moved while the average stands in the model"
+            )
+
+    def _swap_in(self) -> None:
+        core = self._core
+        core.swapped = self.name
+        buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
+        # A live module reads the store's tensors, which must stay averages then.
+        core.store.swap_in(self.name, buffers=buffers, aside=len(core.live) > 0)
+
+    def _swap_out(self) -> list[str]:
+        """Ends the swap, from wherever it is; returns the names of what was changed or replaced in the source."""
+        core = self._core
+        changed = core.store.swap_out()
+        core.swapped = None
+        raw = core.store.raw()
+        for entry, site in core.source.replaced():
+            if entry.name in raw and site.tensor.shape == entry.shape:
+                site.tensor.detach().copy_(raw[entry.name])
+            changed.append(site.name)
+        return changed
+
+    def weights(self) -> dict[str, Tensor]:
+        """The average as a dictionary that loads strictly into the bare model; its tensors are copies.
+
+        Each name of a tied tensor has the same tensor. Entries that are not averaged are there as they are in the
+        source, non-persistent buffers are not.
+        """
+        core = self._core
+        core.verify()
+        tensors = core.store.tensors(self.name)
+        copies: dict[str, Tensor] = {}
+        for entry in core.source.entries:
+            if entry.persistent_names:
+                copy = tensors.get(entry.name, entry.tensor).detach().clone()
+                copies.update(dict.fromkeys(entry.persistent_names, copy))
+        return copies
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the average into a model of the same structure, in the model's own dtypes.
+
+        Args:
+            model: any module with the same tensors, bare or wrapped; where it is the source, its weights are lost.
+
+        Raises:
+            MismatchError: the model has other tensors. Nothing has changed.
+            StateError: an average stands in the source.
+        """
+        core = self._core
+        core.check_not_swapped("copy_to()")
+        core.verify()
+        entries = core.source.entries
+        found = match_sites(model, entries, given_by="the given model")
+        tensors = core.store.tensors(self.name)
+        with torch.no_grad():
+            copy_(
+                [found[entry.name][0].tensor for entry in entries],
+                [tensors.get(entry.name, entry.tensor) for entry in entries],
+            )
+
+    def module(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """An independent copy of the bare model, in eval mode, with the averaged weights.
+
+        Args:
+            dtype: of its floating-point tensors. Default: as in the source.
+
+        Raises:
+            StateError: the model cannot be copied, or its copy would read the trained weights; `swapped` always works.
+        """
+        core = self._core
+        core.verify()
+        tensors = core.store.tensors(self.name)
+        copies: dict[str, Tensor] = {}
+        for entry in core.source.entries:
+            wanted = entry.tensor.dtype if dtype is None or not entry.tensor.is_floating_point() else dtype
+            copies[entry.name] = tensors.get(entry.name, entry.tensor).detach().to(wanted, copy=True)
+        return build_module(unwrap(core.source.model), core.source.entries, copies, owners=(self._owner, core))
+
+    def live_module(self) -> nn.Module:
+        """A copy of the bare model, in eval mode, whose tensors are the average's own, and so follow every update.
+
+        It is what a teacher needs. Its dtype is the average's (float32 for a source of 16 bits), frozen parameters
+        are the source's own, and it must not be moved or cast. Moving it is an error at the next update.
+
+        Raises:
+            StateError: the model cannot be copied, or its copy would read the trained weights; or an average stands in
+                the source.
+        """
+        core = self._core
+        core.check_not_swapped("live_module()")
+        core.verify()
+        tensors = core.store.tensors(self.name)
+        module = build_module(unwrap(core.source.model), core.source.entries, tensors, owners=(self._owner, core))
+        core.live[module] = Watch(module)
+        return module
+
+    def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
+        """Writes `weights()` to a safetensors file for others to load.
+
+        Args:
+            path: the file; it is written whole or not at all.
+            dtype: of its floating-point tensors. Default: the average's.
+
+        Raises:
+            OSError: the file cannot be written; one that was there is as it was.
+        """
+        weights = self.weights()
+        if dtype is not None:
+            if not dtype.is_floating_point:
+                raise ValueError(f"dtype={dtype}: floating-point tensors cannot be exported as {dtype}")
+            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+        clock = self._core.clock
+        metadata = {
+            "profile": json.dumps(self.profile.describe()),
+            "time": repr(clock.time),
+            "num_updates": str(clock.num_updates),
+        }
+        write_safetensors(path, weights, metadata=metadata)

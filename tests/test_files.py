@@ -1,0 +1,74 @@
+"""Exported files, and that a file is there whole or not at all."""
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import polyak
+import zoo
+from polyak.checkpoints import write
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_export_loads_strictly_into_the_bare_model(name, tmp_path):
+    model = zoo.MODELS[name]()
+    average = polyak.WeightAverage(model, polyak.Uniform())
+    zoo.drift(model)
+    average.update()
+    average.export(tmp_path / "ema.safetensors")
+    loaded = load_file(tmp_path / "ema.safetensors")
+    assert zoo.bit_equal(loaded, average.weights())
+    zoo.MODELS[name]().load_state_dict(loaded, strict=True)
+
+
+def test_export_in_another_dtype(tmp_path):
+    average = polyak.WeightAverage(zoo.batchnorm())
+    average.export(str(tmp_path / "ema.safetensors"), dtype=torch.bfloat16)
+    loaded = load_file(tmp_path / "ema.safetensors")
+    assert loaded["1.num_batches_tracked"].dtype == torch.int64
+    assert zoo.bit_equal({"0.weight": loaded["0.weight"]}, {"0.weight": average.weights()["0.weight"].bfloat16()})
+    with pytest.raises(ValueError, match=r"floating-point tensors cannot be exported as torch.int8"):
+        average.export(tmp_path / "other.safetensors", dtype=torch.int8)
+
+
+def test_export_says_what_it_holds(tmp_path):
+    average = polyak.WeightAverage(zoo.mlp(), {"mean": polyak.Uniform(), "ema": polyak.Exponential(0.9)})
+    average.update(at=32)
+    average["ema"].export(tmp_path / "ema.safetensors")
+    with safe_open(tmp_path / "ema.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt"
+    assert polyak.profile_from_description(json.loads(metadata["profile"])) == polyak.Exponential(0.9)
+    assert (float(metadata["time"]), int(metadata["num_updates"])) == (32.0, 1)
+
+
+class TestWholeOrNotAtAll:
+    def test_a_failure_leaves_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "ema.safetensors"
+        average = polyak.WeightAverage(zoo.mlp())
+        average.export(path)
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "fsync", _full)
+        with pytest.raises(OSError, match="No space left"):
+            average.export(path)
+        assert path.read_bytes() == before
+        assert [file.name for file in tmp_path.iterdir()] == ["ema.safetensors"]
+
+    def test_no_such_directory(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            polyak.WeightAverage(zoo.mlp()).export(tmp_path / "nowhere" / "ema.safetensors")
+
+    def test_permissions_are_those_of_any_new_file(self, tmp_path):
+        with write.replacing(tmp_path / "ours") as temporary:
+            temporary.write_text("")
+        (tmp_path / "others").touch()
+        assert stat.S_IMODE((tmp_path / "ours").stat().st_mode) == stat.S_IMODE((tmp_path / "others").stat().st_mode)
+
+
+def _full(_):
+    raise OSError(28, "No space left on device")

@@ -1,0 +1,80 @@
+"""The arrows of the house, what an import loads, and the names that it gives."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import polyak
+
+# Each room imports from those before it. Whatever is not named here stands at the end, and nobody imports it.
+ROOMS = "errors names profiles kernels entries source store checkpoints clock modules core state report view average"
+HOUSE = [*ROOMS.split(), "model_ema", "__init__"]
+SOURCE = Path(polyak.__file__).parent
+
+
+def imported(path):
+    """The rooms that a file imports from, with whether it reaches past their doors."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "polyak":
+            _, room, *inside = node.module.split(".")
+            yield room, bool(inside)
+
+
+def test_imports_follow_the_order_of_the_house():
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        for other, inside in imported(path):
+            assert other == room or HOUSE.index(other) < HOUSE.index(room), f"{path} imports {other}"
+            assert other == room or not inside, f"{path} imports from inside of {other}"
+
+
+def test_rooms_know_what_they_may_know():
+    for path in [*SOURCE.glob("profiles/*.py"), SOURCE / "names.py", SOURCE / "clock.py"]:
+        assert "import torch" not in path.read_text(), path
+        assert "from torch" not in path.read_text(), path
+    for path in SOURCE.glob("kernels/*.py"):
+        assert "nn." not in path.read_text(), path
+
+
+def test_import_loads_torch_and_the_standard_library_only():
+    code = (
+        "import sys, torch; before = set(sys.modules); import polyak;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'polyak', 'torch'}))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_public_names():
+    public = {name for name in vars(polyak) if not name.startswith("_")}
+    rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir()}
+    assert public - rooms == {
+        "AverageView",
+        "Exponential",
+        "FileFormatError",
+        "MismatchError",
+        "ModelEma",
+        "PolyakError",
+        "Power",
+        "Profile",
+        "Report",
+        "Schedule",
+        "StateError",
+        "Uniform",
+        "WeightAverage",
+        "decay_to_half_life",
+        "decay_to_mean_age",
+        "decay_to_relative_std",
+        "exponent_to_mean_age",
+        "exponent_to_relative_std",
+        "half_life_to_decay",
+        "mean_age_to_decay",
+        "mean_age_to_exponent",
+        "profile_from_description",
+        "register_schedule",
+        "relative_std_to_decay",
+        "relative_std_to_exponent",
+        "scale_decay",
+    }

@@ -1,0 +1,125 @@
+"""Kernels on lists of plain tensors, bit for bit against one `torch.lerp` a tensor."""
+
+import pytest
+import torch
+
+import zoo
+from polyak.kernels import Journal, Plan, Row, average_dtype, exchange_copies
+from polyak.kernels import pieces as pieces_room
+from polyak.kernels.pieces import cut, is_dense
+
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "scalar": lambda t: t.flatten()[0].clone(),
+    "empty": lambda t: t[:0].clone(),
+    "transposed": lambda t: t.transpose(0, 1),
+    "every other column": lambda t: t[:, ::2],
+    "unaligned": lambda t: t.flatten()[1:],
+    "channels last": lambda t: t.view(3, 4, 5, 7).to(memory_format=torch.channels_last),
+    "expanded": lambda t: t[:1].expand(6, *t.shape[1:]),
+}
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128]
+WEIGHTS = [0.0, 1e-9, 1e-4, 0.3, 0.5, 0.7, 1 - 1e-9, 1.0]
+
+
+def random(dtype, *shape):
+    torch.manual_seed(0)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, dtype=wide).to(dtype)
+
+
+def slow_lerp(source, average, weight):
+    """One tensor: convert, then `torch.lerp`; 1 copies and 0 leaves."""
+    converted = source.to(average.dtype)
+    if weight in (0.0, 1.0):
+        return (average if weight == 0.0 else converted).clone()
+    return torch.lerp(average, converted, weight)
+
+
+@pytest.mark.parametrize("elements", [None, 16])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout_and_weight_and_several_averages(dtype, elements, monkeypatch):
+    if elements is not None:
+        monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
+    sources = {name: layout(random(dtype, 12, 35)) for name, layout in LAYOUTS.items()}
+    for weight in WEIGHTS:
+        averages = {
+            name: [torch.randn_like(source, dtype=average_dtype(dtype)) for _ in range(2)]
+            for name, source in sources.items()
+        }
+        expected = {
+            name: [slow_lerp(sources[name], one, weight), slow_lerp(sources[name], two, 0.25)]
+            for name, (one, two) in averages.items()
+        }
+        before = zoo.clone(sources)
+        Plan([Row(name, sources[name], tuple(averages[name])) for name in sources]).run([weight, 0.25])
+        for name in sources:
+            for found, right in zip(averages[name], expected[name], strict=True):
+                assert torch.equal(found, right), (name, weight)
+        assert zoo.bit_equal(sources, before)
+
+
+def test_a_weight_of_one_copies_whatever_the_average_held():
+    source, average = torch.tensor([1.0, 2.0, float("inf")]), torch.tensor([float("nan"), float("inf"), 3.0])
+    Plan([Row("x", source, (average,))]).run([1.0])
+    assert torch.equal(average, source)
+
+
+def test_a_weight_of_zero_leaves_the_average_whatever_the_source_holds():
+    source, average = torch.tensor([float("nan"), float("inf")]), torch.tensor([1.0, 2.0])
+    Plan([Row("x", source, (average,))]).run([0.0])
+    assert torch.equal(average, torch.tensor([1.0, 2.0]))
+
+
+def test_the_plan_says_what_goes_where_and_why():
+    rows = [
+        Row("a", torch.zeros(2), (torch.zeros(2),)),
+        Row("b", torch.zeros(3).bfloat16(), (torch.zeros(3),)),
+        *[Row(f"c{i}", torch.zeros(1), (torch.zeros(1),)) for i in range(5)],
+    ]
+    assert str(Plan(rows)) == (
+        "foreach: 6 tensors, 7 elements (same dtype and device): a, c0, c1, c2 and 2 more\n"
+        "staged: 1 tensor, 3 elements (torch.bfloat16 to torch.float32): b"
+    )
+
+
+@pytest.mark.parametrize("elements", [1, 7, 64, 1 << 18])
+def test_batches_fit_the_scratch_and_cover_each_element_once(elements):
+    sources = [layout(torch.zeros(12, 35)) for name, layout in LAYOUTS.items() if name != "expanded"]
+    scratch = torch.empty(elements)
+    for batch in cut([(source,) for source in sources], scratch):
+        assert sum(piece.numel() for piece in batch.scratch) <= elements
+        for piece, staged in zip(*batch.columns, batch.scratch, strict=True):
+            assert piece.shape == staged.shape
+            piece.add_(1)
+    assert all(source.eq(1).all() for source in sources)
+
+
+@pytest.mark.parametrize("elements", [1, 7, 1 << 18])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool], ids=str)
+def test_exchange(dtype, elements, monkeypatch):
+    monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
+    layouts = {name: layout for name, layout in LAYOUTS.items() if name != "expanded"}
+    one = {name: layout(random(torch.float32, 12, 35).mul(9).to(dtype)) for name, layout in layouts.items()}
+    other = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
+    before_one, before_other = zoo.clone(one), zoo.clone(other)
+    Journal(exchange_copies(list(one.values()), list(other.values()))).run()
+    assert zoo.bit_equal(one, before_other)
+    assert zoo.bit_equal(other, before_one)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "dense"),
+    [
+        (torch.empty(3, 4), True),
+        (torch.empty(3, 4).t(), True),
+        (torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.empty(3, 1, 4).transpose(0, 1), True),
+        (torch.empty(()), True),
+        (torch.empty(3, 4)[:, 1:], False),
+        (torch.empty(3, 4)[::2], False),
+        (torch.empty(3, 1).expand(3, 4), False),
+    ],
+)
+def test_dense(tensor, dense):
+    assert is_dense(tensor) is dense

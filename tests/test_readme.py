@@ -1,0 +1,42 @@
+"""The README says what is true: its example runs, its tests exist, its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_example_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "model-ema.safetensors").exists()
+
+
+def test_each_test_that_it_names_exists():
+    named = re.findall(r"`(test_\w+)`", README)
+    assert len(named) >= 10
+    defined = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    for name in named:
+        assert f"def {name}(" in defined, name
+
+
+def test_its_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_its_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+def test_the_mean_ages_that_it_gives():
+    import polyak
+
+    assert round(polyak.Power(relative_std=0.10).mean_age(100)) == 11
+    assert round(polyak.Power(relative_std=0.05).mean_age(100)) == 5
+    assert round(polyak.Exponential(0.9999).mean_age(), -1) == 10_000
+    assert polyak.Uniform().mean_age(100) == 50
