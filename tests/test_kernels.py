@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import zoo
-from polyak.kernels import Journal, Plan, Row, average_dtype, exchange_copies
+from polyak.kernels import Journal, Plan, Row, average_dtype, exchange
 from polyak.kernels import pieces as pieces_room
+from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.pieces import cut, is_dense
 
 LAYOUTS = {
@@ -103,7 +104,7 @@ def test_exchange(dtype, elements, monkeypatch):
     one = {name: layout(random(torch.float32, 12, 35).mul(9).to(dtype)) for name, layout in layouts.items()}
     other = {name: torch.zeros_like(tensor) for name, tensor in one.items()}
     before_one, before_other = zoo.clone(one), zoo.clone(other)
-    Journal(exchange_copies(list(one.values()), list(other.values()))).run()
+    Journal(exchange(list(one.values()), list(other.values()))).run()
     assert zoo.bit_equal(one, before_other)
     assert zoo.bit_equal(other, before_one)
 
@@ -123,3 +124,55 @@ def test_exchange(dtype, elements, monkeypatch):
 )
 def test_dense(tensor, dense):
     assert is_dense(tensor) is dense
+
+
+def quiet(average):
+    """NaNs whose upper half would be an infinity's, with their quiet bit set."""
+    words = average.view(torch.int32).clone()
+    hidden = average.isnan() & (words.bitwise_right_shift(16).bitwise_and(0x7FFF) == 0x7F80)
+    words[hidden] |= 0x400000
+    return words.view(torch.float32)
+
+
+class TestHalves:
+    """bfloat16 sources and float32 averages in one another's bits."""
+
+    def every_kind(self):
+        torch.manual_seed(0)
+        upper = torch.arange(1 << 16, dtype=torch.int32)
+        lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+        words = (upper[:, None] * 65536 + lower).flatten()
+        raw = torch.randint(-(1 << 15), 1 << 15, words.shape, dtype=torch.int16)
+        return raw.view(torch.bfloat16), words.view(torch.float32)
+
+    @pytest.mark.parametrize("elements", [1000, 1 << 18])
+    def test_every_upper_half_goes_in_and_comes_back(self, elements, monkeypatch):
+        monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
+        raw, average = self.every_kind()
+        source, slot = raw.clone(), average.clone()
+        enter, leave = exchange_halves([source], [slot])
+        Journal(enter).run()
+        assert zoo.bit_equal({"x": source}, {"x": upper_half(average)})
+        assert zoo.bit_equal({"x": average_inside(source, slot)}, {"x": quiet(average)})
+        assert zoo.bit_equal({"x": raw_inside(slot)}, {"x": raw})
+        Journal(leave).run()
+        assert zoo.bit_equal({"x": source, "y": slot}, {"x": raw, "y": quiet(average)})
+
+    def test_rounds_as_torch_does_but_for_ties(self):
+        _, average = self.every_kind()
+        finite = average[average.isfinite()]
+        ties = finite.view(torch.int32).bitwise_and(0xFFFF) == 0x8000
+        assert torch.equal(upper_half(finite)[~ties], finite[~ties].to(torch.bfloat16))
+        assert torch.equal(upper_half(average).isnan(), average.isnan())
+
+    def test_layouts(self):
+        for name, layout in LAYOUTS.items():
+            if name != "expanded":
+                source = layout(random(torch.bfloat16, 12, 35))
+                average = torch.randn_like(source, dtype=torch.float32)
+                before = zoo.clone({"source": source, "average": average})
+                enter, leave = exchange_halves([source], [average])
+                Journal(enter).run()
+                assert torch.equal(source, upper_half(before["average"])), name
+                Journal(leave).run()
+                assert zoo.bit_equal({"source": source, "average": average}, before), name

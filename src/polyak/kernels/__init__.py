@@ -2,8 +2,13 @@
 
 from .eager import copy_ as copy_
 from .eager import lerp_ as lerp_
+from .halves import average_inside as average_inside
+from .halves import exchange_halves as exchange_halves
+from .halves import forget_rest_ as forget_rest_
+from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
-from .journal import exchange_copies as exchange_copies
+from .journal import Operation as Operation
+from .journal import exchange as exchange
 from .plan import Plan as Plan
 from .plan import Row as Row
 from .precision import average_dtype as average_dtype

@@ -1,58 +1,61 @@
-"""Copies that can be interrupted at any point and finished afterwards; the exchange of two lists is one of them."""
+"""Operations that can be interrupted at any point and finished afterwards, and the exchange of two lists by such."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from polyak.kernels.eager import copy_
 from polyak.kernels.pieces import cut, scratch_elements
 
-Copy = tuple[list[Tensor], list[Tensor]]
+Operation = Callable[[], None]
 
 
 class Journal:
-    """A sequence of copies, and how many of them are done.
+    """A sequence of operations, and how many of them are done.
 
-    Each copy may be repeated as long as the next has not begun, so whoever is interrupted in `run` (Ctrl-C included)
-    calls it again, and it goes on where it was: no value is lost.
+    Each may be repeated as long as the next has not begun, so whoever is interrupted in `run` (Ctrl-C included) calls
+    it again, and it goes on where it was: no value is lost.
     """
 
-    def __init__(self, copies: Sequence[Copy]) -> None:
-        self._copies = list(copies)
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._operations = list(operations)
         self._num_done = 0
 
     @property
     def started(self) -> bool:
-        """Whether a copy may have changed anything but scratch memory."""
+        """Whether anything but scratch memory may have changed, when the first operation fills the scratch."""
         return self._num_done > 0
 
     @torch.no_grad()
     def run(self) -> None:
-        """Does the copies that are left."""
-        while self._num_done < len(self._copies):
-            targets, sources = self._copies[self._num_done]
-            if targets:
-                torch._foreach_copy_(targets, sources)
+        """Does the operations that are left."""
+        while self._num_done < len(self._operations):
+            self._operations[self._num_done]()
             self._num_done += 1
 
 
-def exchange_copies(one: list[Tensor], other: list[Tensor]) -> list[Copy]:
-    """The copies that exchange the values of corresponding tensors, in place, through a bounded scratch buffer.
+def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
+    """The operations that exchange the values of corresponding tensors, in place, through a bounded scratch buffer.
 
-    The first copy of each three fills the scratch, so nothing is changed until it is done. Tensors of one pair have
-    the same shape, dtype and device.
+    Tensors of one pair have the same shape, dtype and device.
     """
     pairs: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
     for left, right in zip(one, other, strict=True):
         assert left.dtype == right.dtype
         assert left.device == right.device
         pairs.setdefault((left.dtype, left.device), []).append((left, right))
-    copies: list[Copy] = []
+    operations: list[Operation] = []
     for (dtype, device), rows in pairs.items():
         elements = min(scratch_elements(device), sum(left.numel() for left, _ in rows))
         for batch in cut(rows, torch.empty(elements, dtype=dtype, device=device)):
             left, right = batch.columns
-            copies += [(batch.scratch, left), (left, right), (right, batch.scratch)]
-    return copies
+            operations += [
+                partial(copy_, batch.scratch, left),
+                partial(copy_, left, right),
+                partial(copy_, right, batch.scratch),
+            ]
+    return operations
