@@ -315,6 +315,7 @@ class TestModules:
 
             model.lock = threading.Lock()
         average = polyak.WeightAverage(model)
+        average.update()
         with pytest.raises(polyak.StateError, match=r"Sequential cannot be copied: .* average\.swapped\(\)"):
             average.module()
         with average.swapped():

@@ -8,11 +8,12 @@ from torch import nn
 
 import polyak
 import zoo
-from polyak import view
-from polyak.kernels import journal
+from polyak import swapping, view
+from polyak.kernels import halves, journal
+from polyak.kernels.halves import upper_half
 from polyak.store import local, swap
 
-SWAP_FILES = {module.__file__ for module in (view, local, swap, journal)}
+SWAP_FILES = {module.__file__ for module in (view, swapping, local, swap, journal, halves)}
 
 
 def trained(name="batchnorm", **options):
@@ -23,6 +24,12 @@ def trained(name="batchnorm", **options):
         average.update()
     zoo.drift(model)
     return model, average
+
+
+def cast(tensor, dtype, *, aside):
+    """The average as the source shows it: bfloat16 has its upper half, unless that of a copy rounded by torch."""
+    halves = (tensor.dtype, dtype) == (torch.float32, torch.bfloat16) and not aside
+    return upper_half(tensor) if halves else tensor.to(dtype)
 
 
 def everything(model):
@@ -37,7 +44,7 @@ def test_in_place_and_bit_exact_both_ways(name, dtype, aside):
     live = average.live_module() if aside and name != "mixed" else None
     raw, state, kept = everything(model), zoo.clone(model.state_dict()), average.weights()
     addresses = [tensor.data_ptr() for tensor in model.parameters()]
-    expected = {key: tensor.to(state[key].dtype) for key, tensor in kept.items()}
+    expected = {key: cast(tensor, state[key].dtype, aside=live is not None) for key, tensor in kept.items()}
     model.train()
     for _ in range(2):
         with average.swapped():
@@ -56,8 +63,10 @@ def test_swap_before_the_first_update_is_the_raw_weights():
     model = zoo.mlp()
     average = polyak.WeightAverage(model)
     raw = everything(model)
-    with average.swapped():
+    with pytest.warns(UserWarning, match=r"the average is swapped in after 0 updates"), average.swapped():
         assert zoo.bit_equal(everything(model), raw)
+    with average.swapped():
+        pass
 
 
 def test_the_other_average_is_not_touched():
@@ -198,7 +207,7 @@ class TestWhatIsDoneInside:
                 lambda: average.load_state_dict(state),
                 lambda: average.copy_to(model),
             ):
-                with pytest.raises(polyak.StateError, match=r"inside of swapped\(\): the source holds an average now"):
+                with pytest.raises(polyak.StateError, match=r"inside of swapped\(\): the average 'average' stands in"):
                     call()
         assert average.num_updates == 3
 

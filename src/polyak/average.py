@@ -19,6 +19,7 @@ from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
 from polyak.store import LocalStore, Step
+from polyak.swapping import check_not_standing
 from polyak.view import AverageView
 
 _ONLY = "average"
@@ -125,7 +126,7 @@ class WeightAverage:
             ValueError: time does not advance.
         """
         core = self._core
-        core.check_not_swapped("update()")
+        check_not_standing(core.source.bare, "update()")
         clock = core.clock.tick(at)
         if clock.num_updates > core.clock.num_updates:
             growth = {name: clock.growth(profile, core.clock.updated_at) for name, profile in core.profiles.items()}
@@ -185,7 +186,7 @@ class WeightAverage:
             MismatchError: the state is of another model. Nothing has changed.
             StateError: the state is of another configuration, or an average stands in the source.
         """
-        self._core.check_not_swapped("load_state_dict()")
+        check_not_standing(self._core.source.bare, "load_state_dict()")
         self._core.check_live()
         load_state(self._core, state)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 import weakref
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from polyak.clock import Clock
 from polyak.errors import StateError
@@ -25,6 +28,8 @@ class Core:
         store: where the averages are.
         live: modules whose tensors are the store's own, each with a watch that they still are.
         swapped: the name of the average that stands in the source.
+        guard: the hook that keeps optimizers from training it there.
+        warned: whether it was said that there was no update yet.
     """
 
     profiles: dict[str, Profile]
@@ -35,11 +40,18 @@ class Core:
         default_factory=weakref.WeakKeyDictionary[nn.Module, Watch]
     )
     swapped: str | None = None
+    guard: RemovableHandle | None = None
+    warned: bool = False
 
-    def check_not_swapped(self, call: str) -> None:
-        """Raises where an average stands in the source."""
-        if self.swapped is not None:
-            raise StateError(f"{call} inside of swapped(): the source holds an average now; leave the swap first")
+    def warn_if_never_updated(self, what: str) -> None:
+        """Warns, once, where an average is used that no update has reached yet."""
+        if self.clock.num_updates == 0 and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"the average is {what} after 0 updates: it is what the model was when it was made. Call update() "
+                "after each optimizer.step(), or attach(optimizer)",
+                stacklevel=_outside(),
+            )
 
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""
@@ -63,3 +75,11 @@ class Core:
                     "(by .to(), .half() or load_state_dict(assign=True)). Drop it and ask for another one; module() "
                     "gives one that may be moved"
                 )
+
+
+def _outside() -> int:
+    """The `stacklevel` at which a warning shows the user's own line."""
+    level, frame = 0, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("polyak", "contextlib")):
+        level, frame = level + 1, frame.f_back
+    return level

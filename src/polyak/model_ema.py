@@ -20,6 +20,7 @@ from polyak.names import match
 from polyak.profiles import Exponential
 from polyak.source import Source, check_same_names
 from polyak.store import LocalStore, Step
+from polyak.swapping import check_not_standing
 
 _logger = logging.getLogger(__name__)
 _PROFILE = "ema"
@@ -106,6 +107,7 @@ class ModelEma:
             MismatchError: the model or the average has other tensors than at first. Nothing was written.
         """
         growth = Exponential(self.decay).growth(0.0, 1.0)
+        check_not_standing(self._source.bare, "update()")
         moved = not self._average.is_current()
         if moved:
             self._follow_average()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.entries import Entry, Rules, Site, gather, resolve, walk
+from polyak.entries import Entry, Rules, Site, gather, resolve, unwrap, walk
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import average_dtype
 
@@ -72,6 +72,7 @@ class Source:
         self._adopt(resolve(model, rules, include_frozen=include_frozen))
 
     def _adopt(self, entries: list[Entry]) -> None:
+        self.bare = unwrap(self.model)
         self.entries = entries
         self._addresses = {entry.name: entry.tensor.data_ptr() for entry in entries}
         self._frozen = [entry for entry in entries if entry.reason == "frozen"]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from polyak.checkpoints import write_safetensors
 from polyak.core import Core
 from polyak.entries import unwrap
-from polyak.errors import StateError, listed
 from polyak.kernels import copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.source import Watch, match_sites
+from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
 
 
 class AverageView:
@@ -46,49 +46,38 @@ class AverageView:
     def swapped(self) -> Generator[None, None, None]:
         """The average stands in the source inside of the `with`; after it, the source's weights are back, bit for bit.
 
-        Values are exchanged in place: no tensor is replaced or moved, so compiled models see the average, and memory
-        beside the two grows only where their dtypes or devices differ. Buffers that are written inside (BatchNorm
+        Values are exchanged in place: no tensor is replaced or moved, so compiled models see the average. It takes no
+        memory where the average has the source's dtype, or the source is bfloat16 and its average float32; float16
+        sources, and averages on another device, take a copy of the source. Buffers that are written inside (BatchNorm
         statistics, say) stay with the average. The train or eval mode is left alone.
 
         Raises:
             StateError: an average stands in the source already; or, at the end, a parameter was changed inside. The
                 source's weights are back then, too.
         """
-        core = self._core
-        core.check_not_swapped("swapped()")
-        core.verify()
-        try:
-            self._swap_in()
+        with swapped(self._core, self.name):
             yield
-            changed = self._swap_out()
+
+    def swap_in(self) -> None:
+        """Puts the average into the source until `swap_out`, for callers that cannot use `with swapped()`.
+
+        Raises:
+            StateError: an average stands in the source already.
+        """
+        try:
+            swap_in(self._core, self.name)
         except BaseException:
-            # Also where the swap itself was interrupted: what is left of it is done before that goes on.
-            self._swap_out()
+            if self._core.swapped == self.name:
+                swap_out(self._core)
             raise
-        if changed:
-            raise StateError(
-                f"changed inside of swapped(): {listed(changed)}. The trained weights are back as they were; "
-                "parameters must not be trained, loaded or moved while the average stands in the model"
-            )
 
-    def _swap_in(self) -> None:
-        core = self._core
-        core.swapped = self.name
-        buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
-        # A live module reads the store's tensors, which must stay averages then.
-        core.store.swap_in(self.name, buffers=buffers, aside=len(core.live) > 0)
+    def swap_out(self) -> None:
+        """Puts the source's own weights back; where no average stands in the source, does nothing.
 
-    def _swap_out(self) -> list[str]:
-        """Ends the swap, from wherever it is; returns the names of what was changed or replaced in the source."""
-        core = self._core
-        changed = core.store.swap_out()
-        core.swapped = None
-        raw = core.store.raw()
-        for entry, site in core.source.replaced():
-            if entry.name in raw and site.tensor.shape == entry.shape:
-                site.tensor.detach().copy_(raw[entry.name])
-            changed.append(site.name)
-        return changed
+        Raises:
+            StateError: a parameter was changed meanwhile; the source's weights are back all the same.
+        """
+        raise_if_changed(swap_out(self._core))
 
     def weights(self) -> dict[str, Tensor]:
         """The average as a dictionary that loads strictly into the bare model; its tensors are copies.
@@ -117,7 +106,7 @@ class AverageView:
             StateError: an average stands in the source.
         """
         core = self._core
-        core.check_not_swapped("copy_to()")
+        check_not_standing(core.source.bare, "copy_to()")
         core.verify()
         entries = core.source.entries
         found = match_sites(model, entries, given_by="the given model")
@@ -157,7 +146,7 @@ class AverageView:
                 the source.
         """
         core = self._core
-        core.check_not_swapped("live_module()")
+        check_not_standing(core.source.bare, "live_module()")
         core.verify()
         tensors = core.store.tensors(self.name)
         module = build_module(unwrap(core.source.model), core.source.entries, tensors, owners=(self._owner, core))

@@ -1,0 +1,95 @@
+"""The swap as a whole: which average stands in which model, and what must not happen meanwhile."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from polyak.core import Core
+from polyak.errors import StateError, listed
+
+# Models in which an average stands. Other averagers of the same model must know, or they would average an average.
+_STANDING: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+def check_not_standing(model: nn.Module, call: str) -> None:
+    """Raises where an average stands in a bare model, whoever put it there."""
+    if model in _STANDING:
+        raise StateError(
+            f"{call} inside of swapped(): the average {_STANDING[model]!r} stands in the model now, not the trained "
+            "weights. Leave the swap first"
+        )
+
+
+def swap_in(core: Core, name: str) -> None:
+    """Puts the average of that name into the source.
+
+    Raises:
+        StateError: an average stands in the source already.
+    """
+    check_not_standing(core.source.bare, "a swap")
+    core.verify()
+    core.warn_if_never_updated("swapped in")
+    core.swapped = name
+    _STANDING[core.source.bare] = name
+    core.guard = register_optimizer_step_pre_hook(_refuse_to_train({id(e.tensor) for e in core.source.entries}))
+    buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
+    # A live module reads the store's tensors, which must stay averages then.
+    core.store.swap_in(name, buffers=buffers, aside=len(core.live) > 0)
+
+
+def swap_out(core: Core) -> list[str]:
+    """Puts the source's own weights back; returns the names of parameters that were changed or replaced meanwhile.
+
+    It may be called at any time, also after `swap_in` or itself was interrupted, and does what is left to do.
+    """
+    changed = core.store.swap_out()
+    core.swapped = None
+    _STANDING.pop(core.source.bare, None)
+    if core.guard is not None:
+        core.guard.remove()
+        core.guard = None
+    raw = core.store.raw()
+    for entry, site in core.source.replaced():
+        if entry.name in raw and site.tensor.shape == entry.shape:
+            site.tensor.detach().copy_(raw[entry.name])
+        changed.append(site.name)
+    return changed
+
+
+def raise_if_changed(changed: list[str]) -> None:
+    """Raises where parameters were changed while the average stood in the source."""
+    if changed:
+        raise StateError(
+            f"changed inside of swapped(): {listed(changed)}. The trained weights are back as they were; parameters "
+            "must not be trained, loaded or moved while the average stands in the model"
+        )
+
+
+@contextmanager
+def swapped(core: Core, name: str) -> Generator[None, None, None]:
+    """The average stands in the source inside of the `with`, whatever happens there."""
+    check_not_standing(core.source.bare, "a swap")
+    try:
+        swap_in(core, name)
+        yield
+        changed = swap_out(core)
+    except BaseException:
+        # Also where the swap itself was interrupted: what is left of it is done before that goes on.
+        swap_out(core)
+        raise
+    raise_if_changed(changed)
+
+
+def _refuse_to_train(tensors: set[int]) -> Any:
+    def check(optimizer: Optimizer, *_: object) -> None:
+        if any(id(parameter) in tensors for group in optimizer.param_groups for parameter in group["params"]):
+            raise StateError("optimizer.step() inside of swapped(): it would train the average. Leave the swap first")
+
+    return check
