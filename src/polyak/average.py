@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from polyak.attach import Attachment
 from polyak.clock import Clock
-from polyak.core import Core
+from polyak.core import Core, NonFinite
 from polyak.entries import Rules
 from polyak.errors import StateError, listed
 from polyak.profiles import Power, Profile
@@ -19,8 +22,8 @@ from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
 from polyak.store import LocalStore, Step
-from polyak.swapping import check_not_standing
-from polyak.view import AverageView
+from polyak.swapping import check_not_standing, raise_if_changed, swap_out
+from polyak.view import AverageView, by_every_name
 
 _ONLY = "average"
 
@@ -47,6 +50,10 @@ class WeightAverage:
             functions of name and tensor; actions are average, copy and skip.
         dtype: of the averages, torch.float32 or torch.float64. Default: the source's; float32 for 16-bit sources.
         device: where the averages are. Default: where the source is.
+        nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
+            "raise" raises; "skip" leaves the update out, exactly as if it had not been due; both read the weights once
+            more, which makes an update half as long again, or three times as long for many small tensors (CPU). So
+            "propagate", which takes the weights as they are, is the default.
 
     Raises:
         StateError: there is nothing to average, or a tensor that cannot be averaged.
@@ -79,14 +86,17 @@ class WeightAverage:
         rules: Rules | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        nonfinite: NonFinite = "propagate",
     ) -> None:
+        if nonfinite not in get_args(NonFinite):
+            raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
         profiles = _named_profiles(profile)
         clock = Clock(every=every, start=float(start))
         source = Source(model, rules or {}, any_device=device is not None)
         store = LocalStore(
             source.entries, profiles, dtype=dtype, device=None if device is None else torch.device(device)
         )
-        self._core = Core(profiles, clock, source, store)
+        self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -127,12 +137,81 @@ class WeightAverage:
         """
         core = self._core
         check_not_standing(core.source.bare, "update()")
-        clock = core.clock.tick(at)
-        if clock.num_updates > core.clock.num_updates:
-            growth = {name: clock.growth(profile, core.clock.updated_at) for name, profile in core.profiles.items()}
-            core.follow_source()
-            core.store.submit(Step(growth, clock.num_updates))
-        core.clock = clock
+        if core.attachment is not None:
+            raise StateError(
+                "update() where an optimizer is attached would count twice; detach it, or leave update() out"
+            )
+        core.update(at)
+
+    def attach(self, *optimizers: Optimizer, at: Callable[[], float] | None = None) -> Attachment:
+        """Updates by itself from now on, after each step that the optimizers really make.
+
+        Gradient accumulation needs no thought, nor does a `GradScaler`: what it skips is no step. With several
+        optimizers, an update follows when each has made a step since the last.
+
+        Args:
+            optimizers: one or more.
+            at: gives the time after a step, where that is not the number of steps.
+
+        Returns:
+            A handle, whose `detach()` ends it.
+
+        Raises:
+            StateError: an optimizer is attached already.
+
+        Example:
+            >>> model = nn.Linear(2, 2)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> average = WeightAverage(model)
+            >>> handle = average.attach(optimizer)
+            >>> model(torch.ones(1, 2)).sum().backward()
+            >>> optimizer.step()
+            >>> average.num_updates
+            1
+        """
+        core = self._core
+        if core.attachment is not None:
+            raise StateError("an optimizer is attached already; detach it first, or attach all of them in one call")
+        for optimizer in optimizers:
+            if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+                raise TypeError(f"attach: a torch.optim.Optimizer is needed, not {type(optimizer).__name__}")
+        if not optimizers:
+            raise TypeError("attach: at least one optimizer is needed")
+
+        def after_round() -> None:
+            check_not_standing(core.source.bare, "optimizer.step()")
+            core.update(None if at is None else at())
+
+        def on_detach() -> None:
+            core.attachment = None
+
+        core.attachment = Attachment(optimizers, after_round, on_detach)
+        return core.attachment
+
+    def reset(self) -> None:
+        """Begins again, at time 0, with the source's weights as they are."""
+        core = self._core
+        check_not_standing(core.source.bare, "reset()")
+        core.verify()
+        core.store.submit(Step(dict.fromkeys(core.profiles, math.inf), 0))
+        core.clock = Clock(every=core.clock.every, start=core.clock.start)
+
+    def adapt(self) -> None:
+        """Follows a model whose tensors were added, removed or reshaped on purpose.
+
+        Tensors that are as they were keep their averages; others begin as the source is. Time goes on.
+
+        Raises:
+            StateError: an average stands in the source, or a live module shares the old tensors.
+        """
+        core = self._core
+        check_not_standing(core.source.bare, "adapt()")
+        if core.live:
+            raise StateError(
+                "adapt() while a live module shares the average's tensors: drop it first, ask for it after"
+            )
+        core.source = core.source.again()
+        core.store = core.store.again(core.source.entries)
 
     # What can be done with one average. With several, `average[name]` does the same.
 
@@ -147,6 +226,24 @@ class WeightAverage:
         """The average stands in the source, in place, inside of the `with`; see `AverageView.swapped`."""
         with self._only().swapped():
             yield
+
+    def swap_in(self) -> None:
+        """Puts the average into the source until `swap_out`; see `AverageView.swap_in`."""
+        self._only().swap_in()
+
+    def swap_out(self) -> None:
+        """Puts the source's own weights back, whichever average stands there; see `AverageView.swap_out`."""
+        raise_if_changed(swap_out(self._core))
+
+    def raw_weights(self) -> dict[str, Tensor]:
+        """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
+        core = self._core
+        core.verify()
+        return by_every_name(core.source.entries, core.store.raw())
+
+    def write_back(self) -> None:
+        """Writes the average into the source for good; training goes on from it. See `AverageView.write_back`."""
+        self._only().write_back()
 
     def weights(self) -> dict[str, Tensor]:
         """The average as a dictionary that loads strictly into the bare model; see `AverageView.weights`."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeAlias
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from polyak.attach import Attachment
 from polyak.clock import Clock
-from polyak.errors import StateError
+from polyak.errors import StateError, listed
 from polyak.profiles import Profile
 from polyak.source import Source, Watch
-from polyak.store import LocalStore
+from polyak.store import LocalStore, Step
+
+NonFinite: TypeAlias = Literal["raise", "skip", "propagate"]
 
 
 @dataclass
@@ -30,6 +34,9 @@ class Core:
         swapped: the name of the average that stands in the source.
         guard: the hook that keeps optimizers from training it there.
         warned: whether it was said that there was no update yet.
+        nonfinite: what to do with a source that holds a NaN or an infinity.
+        num_skipped: how many updates were refused for that.
+        attachment: what calls the updates, where somebody attached an optimizer.
     """
 
     profiles: dict[str, Profile]
@@ -42,6 +49,9 @@ class Core:
     swapped: str | None = None
     guard: RemovableHandle | None = None
     warned: bool = False
+    nonfinite: NonFinite = "propagate"
+    num_skipped: int = 0
+    attachment: Attachment | None = None
 
     def warn_if_never_updated(self, what: str) -> None:
         """Warns, once, where an average is used that no update has reached yet."""
@@ -52,6 +62,29 @@ class Core:
                 "after each optimizer.step(), or attach(optimizer)",
                 stacklevel=_outside(),
             )
+
+    def update(self, at: float | None) -> None:
+        """One call of the clock, and an update where one is due and the source is fit for it."""
+        clock = self.clock.tick(at)
+        if clock.num_updates > self.clock.num_updates:
+            growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
+            self.follow_source()
+            if self.nonfinite != "propagate" and not self._check_finite():
+                # As if no update had been due: the next one reaches back to the last that was made.
+                self.clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
+                self.num_skipped += 1
+                return
+            self.store.submit(Step(growth, clock.num_updates))
+        self.clock = clock
+
+    def _check_finite(self) -> bool:
+        names = self.store.non_finite()
+        if names and self.nonfinite == "raise":
+            raise StateError(
+                f"the model holds NaNs or infinities in {listed(names)}, which would stay in the average for ever. The "
+                "average is as it was; with nonfinite='skip' such updates are left out"
+            )
+        return not names
 
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""

@@ -67,6 +67,8 @@ class Source:
         any_dtype: bool = False,
     ) -> None:
         self.model = model
+        self._rules = dict(rules)
+        self._include_frozen = include_frozen
         self._any_device = any_device
         self._any_dtype = any_dtype
         self._adopt(resolve(model, rules, include_frozen=include_frozen))
@@ -77,6 +79,16 @@ class Source:
         self._addresses = {entry.name: entry.tensor.data_ptr() for entry in entries}
         self._frozen = [entry for entry in entries if entry.reason == "frozen"]
         self._watch = Watch(self.model)
+
+    def again(self) -> Source:
+        """The model as it is now, resolved from the beginning."""
+        return Source(
+            self.model,
+            self._rules,
+            include_frozen=self._include_frozen,
+            any_device=self._any_device,
+            any_dtype=self._any_dtype,
+        )
 
     def is_current(self) -> bool:
         """Whether every entry is still the same tensor at the same address."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polyak.checkpoints import write_safetensors
 from polyak.core import Core
-from polyak.entries import unwrap
+from polyak.entries import Entry, unwrap
 from polyak.kernels import copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
@@ -87,13 +87,19 @@ class AverageView:
         """
         core = self._core
         core.verify()
-        tensors = core.store.tensors(self.name)
-        copies: dict[str, Tensor] = {}
-        for entry in core.source.entries:
-            if entry.persistent_names:
-                copy = tensors.get(entry.name, entry.tensor).detach().clone()
-                copies.update(dict.fromkeys(entry.persistent_names, copy))
-        return copies
+        return by_every_name(core.source.entries, core.store.tensors(self.name))
+
+    def write_back(self) -> None:
+        """Writes the average into the source for good; training goes on from it, and the average is kept.
+
+        The optimizer's state is left as it is.
+
+        Raises:
+            StateError: an average stands in the source.
+
+        Source: Li et al., Switch EMA: a free lunch for better flatness and sharpness, 2024.
+        """
+        self.copy_to(self._core.source.model)
 
     def copy_to(self, model: nn.Module) -> None:
         """Writes the average into a model of the same structure, in the model's own dtypes.
@@ -175,3 +181,13 @@ class AverageView:
             "num_updates": str(clock.num_updates),
         }
         write_safetensors(path, weights, metadata=metadata)
+
+
+def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors under each name that the bare model's `state_dict` has for them; others are the source's."""
+    copies: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.persistent_names:
+            copy = tensors.get(entry.name, entry.tensor).detach().clone()
+            copies.update(dict.fromkeys(entry.persistent_names, copy))
+    return copies

@@ -2,6 +2,7 @@
 
 from .eager import copy_ as copy_
 from .eager import lerp_ as lerp_
+from .finite import find_non_finite as find_non_finite
 from .halves import average_inside as average_inside
 from .halves import exchange_halves as exchange_halves
 from .halves import forget_rest_ as forget_rest_

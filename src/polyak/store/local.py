@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
-from polyak.kernels import Plan, Row, average_dtype, check_average_dtype, copy_
+from polyak.kernels import Plan, Row, average_dtype, check_average_dtype, copy_, find_non_finite
 from polyak.store.step import Step
 from polyak.store.swap import Swap
 
@@ -33,6 +33,8 @@ class LocalStore:
     ) -> None:
         if dtype is not None:
             check_average_dtype(dtype)
+        self._dtype = dtype
+        self._device = device
         averaged = [entry for entry in entries if entry.action == "average"]
         self.averages: dict[str, dict[str, Tensor]] = {
             profile: {entry.name: _allocate(entry.tensor, dtype, device) for entry in averaged} for profile in profiles
@@ -45,6 +47,17 @@ class LocalStore:
         self.bind(entries)
         # Until the first update the averages are what the source is.
         self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+
+    def again(self, entries: Sequence[Entry]) -> LocalStore:
+        """A store for other entries; what is alike in both keeps its averages."""
+        store = LocalStore(entries, self.averages, dtype=self._dtype, device=self._device)
+        for profile, averages in store.averages.items():
+            for name, tensor in averages.items():
+                kept = self.averages[profile].get(name)
+                if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
+                    tensor.copy_(kept)
+        store.pending = dict(self.pending)
+        return store
 
     def bind(self, entries: Sequence[Entry]) -> None:
         """Takes the tensors of these entries as the sources of all updates from now on."""
@@ -68,6 +81,10 @@ class LocalStore:
             self.plan.run([-math.expm1(-growth) for growth in self.pending.values()])
             copy_(*self._copies)
         self.pending = dict.fromkeys(self.pending, 0.0)
+
+    def non_finite(self) -> list[str]:
+        """The names of averaged entries whose source holds a NaN or an infinity."""
+        return [self.plan.rows[i].name for i in find_non_finite([row.source for row in self.plan.rows])]
 
     def swap_in(self, profile: str, *, buffers: Iterable[str], aside: bool) -> None:
         """Puts the average of a profile into the source, in place.

@@ -1,0 +1,52 @@
+"""Updates by themselves: after each step that optimizers really made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class Attachment:
+    """Calls a function after each round of optimizer steps, until it is detached.
+
+    A round is over when each of the optimizers has made a step. A step that a `GradScaler` skipped is none: most
+    optimizers are not even called then, and a fused one, which is, says so in its `found_inf`.
+
+    Args:
+        optimizers: whose steps count.
+        call: what to do after each round.
+        on_detach: what to do at the end.
+    """
+
+    def __init__(
+        self, optimizers: tuple[Optimizer, ...], call: Callable[[], None], on_detach: Callable[[], None]
+    ) -> None:
+        self._call = call
+        self._on_detach = on_detach
+        self._num_optimizers = len(optimizers)
+        self._stepped: set[int] = set()
+        self._hooks: list[RemovableHandle] = [
+            optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers
+        ]
+
+    def detach(self) -> None:
+        """Ends it; the average is updated by `update()` again. Does nothing where it has ended already."""
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
+            self._on_detach()
+
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        found_inf: object = getattr(optimizer, "found_inf", None)
+        # A host synchronisation, where a fused optimizer on a GPU runs under a GradScaler; nowhere else.
+        if isinstance(found_inf, Tensor) and bool(found_inf.any()):
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == self._num_optimizers:
+            self._stepped.clear()
+            self._call()
