@@ -20,6 +20,8 @@ PROFILES = {
 # float32 rounds at each update; float64 averages are held to float64.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-13, torch.complex64: 5e-6}
 
+pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
+
 
 def averaged(average, name):
     """The averaged tensors of one profile as the report names them."""

@@ -12,6 +12,8 @@ import zoo
 from polyak.entries import resolve, unwrap
 from polyak.names import match
 
+pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
+
 
 def actions(model, rules=None):
     return {entry.name: entry.action for entry in resolve(model, rules or {})}

@@ -13,6 +13,8 @@ import polyak
 import zoo
 from polyak.checkpoints import write
 
+pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
+
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_export_loads_strictly_into_the_bare_model(name, tmp_path):

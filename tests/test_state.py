@@ -17,6 +17,8 @@ PROFILES = {
 }
 OPTIONS = [{}, {"every": 3}, {"start": 4}, {"every": 2, "start": 3}, {"dtype": torch.float64}]
 
+pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
+
 
 def through_a_file(state):
     file = io.BytesIO()

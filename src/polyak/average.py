@@ -272,7 +272,8 @@ class WeightAverage:
 
         Its tensors are the averages themselves, as in every state_dict of torch; copy them to keep them.
         """
-        self._core.verify()
+        self._core.verify_values()
+        self._core.warn_if_never_updated("saved")
         return save_state(self._core)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

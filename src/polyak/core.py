@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 import weakref
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
 from polyak.clock import Clock
-from polyak.errors import StateError, listed
+from polyak.errors import StateError, listed, outside
 from polyak.profiles import Profile
 from polyak.source import Source, Watch
 from polyak.store import LocalStore, Step
@@ -60,7 +59,7 @@ class Core:
             warnings.warn(
                 f"the average is {what} after 0 updates: it is what the model was when it was made. Call update() "
                 "after each optimizer.step(), or attach(optimizer)",
-                stacklevel=_outside(),
+                stacklevel=outside(),
             )
 
     def update(self, at: float | None) -> None:
@@ -96,8 +95,15 @@ class Core:
 
     def verify(self) -> None:
         """The thorough check, for what may take its time; while an average stands in the source it waits."""
-        if self.swapped is None and self.source.refresh():
+        if self.swapped is None:
+            self.source.refresh()
             self.store.bind(self.source.entries)
+
+    def verify_values(self) -> None:
+        """The check of what is not averaged, too, for what is to be kept: states and files."""
+        self.verify()
+        if self.swapped is None:
+            self.source.check_frozen_values()
 
     def check_live(self) -> None:
         """Raises where a live module has got other tensors than the store's."""
@@ -108,11 +114,3 @@ class Core:
                     "(by .to(), .half() or load_state_dict(assign=True)). Drop it and ask for another one; module() "
                     "gives one that may be moved"
                 )
-
-
-def _outside() -> int:
-    """The `stacklevel` at which a warning shows the user's own line."""
-    level, frame = 0, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("polyak", "contextlib")):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -6,9 +6,10 @@ about a tensor (average, copy or skip it) is taken here, once, and carries its r
 
 from __future__ import annotations
 
+import dis
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast, get_args
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from polyak.errors import MismatchError, StateError, listed
+from polyak.errors import MismatchError, StateError, listed, outside
+from polyak.kernels import is_plain, overlaps_itself, share_memory, span
 from polyak.names import WRAPPER_SEGMENTS, join
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
@@ -28,6 +30,10 @@ AVERAGEABLE = frozenset(
     {torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128}
 )
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# They do more than to pass calls on, and are still only wrappers: apex, fairscale, DeepSpeed.
+_KNOWN_WRAPPERS = frozenset(
+    {"DistributedDataParallel", "ShardedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +88,12 @@ class Entry:
         return tuple(site.name for site in self.sites if site.persistent)
 
     @property
+    def is_loose(self) -> bool:
+        """Whether it may come, go and change its shape while the model runs, as caches do: nobody saves it."""
+        kept = any(site.persistent for site in self.sites)
+        return self.reason != "frozen" and (self.action == "skip" or (self.action == "copy" and not kept))
+
+    @property
     def is_parameter(self) -> bool:
         """Whether any place holds it as a parameter."""
         return any(site.is_parameter for site in self.sites)
@@ -107,10 +119,19 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _wraps(model: nn.Module) -> bool:
-    if isinstance(model, _DATA_PARALLEL):
-        return True
+    """Whether a module does nothing but hold a model under the name `module` and pass its calls on."""
+    if isinstance(model, _DATA_PARALLEL) or type(model).__name__ in _KNOWN_WRAPPERS:
+        return isinstance(model._modules.get("module"), nn.Module)
     own = [tensor for tensor in (*model._parameters.values(), *model._buffers.values()) if tensor is not None]
-    return not own and list(model._modules) == ["module"] and model._modules["module"] is not None
+    return not own and list(model._modules) == ["module"] and _passes_on(type(model).forward)
+
+
+def _passes_on(forward: Callable[..., Any]) -> bool:
+    """Whether a function is of the form `return self.module(...)`: it looks nothing else up, and computes nothing."""
+    code = getattr(forward, "__code__", None)
+    if code is None or code.co_names != ("module",):
+        return False
+    return not any(step.opname.startswith(("BINARY", "UNARY", "COMPARE")) for step in dis.get_instructions(code))
 
 
 def walk(model: nn.Module) -> Iterator[Site]:
@@ -139,6 +160,8 @@ def gather(model: nn.Module) -> list[list[Site]]:
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
         raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise StateError(f"{type(model).__name__} is a TorchScript module; average the module that it was made of")
     ties: dict[Any, list[Site]] = {}
     for site in walk(model):
         _check_initialised(site)
@@ -159,19 +182,12 @@ def resolve(model: nn.Module, rules: Rules, *, include_frozen: bool = False) -> 
         MismatchError: two tensors share memory without being the same tensor.
     """
     check_rules(rules)
-    used: set[int] = set()
-    entries: list[Entry] = []
-    for sites in gather(model):
-        action, reason = _decide(sites, rules, used, include_frozen)
-        tensor = sites[0].tensor
-        entries.append(
-            Entry(sites[0].name, tuple(sites), action, reason, tensor, tensor.shape, tensor.dtype, tensor.device)
-        )
-        _check_averageable(entries[-1])
+    entries = [make_entry(sites, rules, include_frozen=include_frozen) for sites in gather(model)]
     _check_overlaps(entries)
-    unused = [key for position, key in enumerate(rules) if isinstance(key, str) and position not in used]
+    names = [site.name for entry in entries for site in entry.sites]
+    unused = [key for key in rules if isinstance(key, str) and not fnmatch.filter(names, key)]
     if unused:
-        warnings.warn(f"rules: no tensor of the model is called {listed(unused)}", stacklevel=4)
+        warnings.warn(f"rules: no tensor of the model is called {listed(unused)}", stacklevel=outside())
     if not any(entry.action == "average" for entry in entries):
         frozen = sum(entry.reason == "frozen" for entry in entries)
         raise StateError(
@@ -181,8 +197,23 @@ def resolve(model: nn.Module, rules: Rules, *, include_frozen: bool = False) -> 
     return entries
 
 
+def make_entry(sites: Sequence[Site], rules: Rules, *, include_frozen: bool = False) -> Entry:
+    """The entry of one tensor, given all the places that hold it.
+
+    Raises:
+        StateError: it is to be averaged or copied, and cannot be.
+    """
+    action, reason = _decide(sites, rules, include_frozen)
+    tensor = sites[0].tensor
+    entry = Entry(sites[0].name, tuple(sites), action, reason, tensor, tensor.shape, tensor.dtype, tensor.device)
+    _check_averageable(entry)
+    return entry
+
+
 def check_rules(rules: Rules) -> None:
     """Raises ValueError or TypeError for rules that cannot be meant."""
+    if not isinstance(rules, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        raise TypeError(f"rules: a dictionary of actions is needed, such as {{'*.bias': 'skip'}}, not {rules!r}")
     for key, action in rules.items():
         if action not in get_args(Action):
             raise ValueError(f"rules: {key!r} is to {action!r}; the actions are {', '.join(get_args(Action))}")
@@ -192,20 +223,25 @@ def check_rules(rules: Rules) -> None:
 
 def _identity(tensor: Tensor) -> Any:
     """Equal for two tensors exactly when they are one: the same memory, seen in the same way."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.numel() == 0 or tensor.is_meta:
+    if not is_plain(tensor) or tensor.numel() == 0:
         return id(tensor)
-    return (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+    view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.data_ptr(), tensor.device, *view)
 
 
-def _decide(sites: list[Site], rules: Rules, used: set[int], include_frozen: bool) -> tuple[Action, str]:
-    for position, (key, action) in enumerate(rules.items()):
+def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[Action, str]:
+    for key, action in rules.items():
         if any(_matches(key, site) for site in sites):
-            used.add(position)
             return action, f"rule {key if isinstance(key, str) else getattr(key, '__name__', key)!s}"
     tensor = sites[0].tensor
+    is_parameter = any(site.is_parameter for site in sites)
+    if not is_parameter and not is_plain(tensor):
+        return "skip", f"buffer of layout {tensor.layout}"
+    if not is_parameter and overlaps_itself(tensor):
+        return "skip", "expanded buffer"
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return "copy", "not a floating-point tensor"
-    if any(site.is_parameter for site in sites):
+    if is_parameter:
         if tensor.requires_grad or include_frozen:
             return "average", "parameter"
         return "skip", "frozen"
@@ -213,6 +249,8 @@ def _decide(sites: list[Site], rules: Rules, used: set[int], include_frozen: boo
         return "copy", "non-persistent buffer"
     if any(_is_spectral_vector(site) for site in sites):
         return "copy", "singular vector of a spectral norm"
+    if tensor.dtype in AVERAGEABLE and not bool(tensor.isfinite().all()):
+        return "copy", "buffer with infinities or NaNs"
     return "average", "buffer"
 
 
@@ -246,36 +284,36 @@ def _check_initialised(site: Site) -> None:
 
 def _check_averageable(entry: Entry) -> None:
     tensor = entry.tensor
-    if entry.action == "average" and (tensor.is_quantized or tensor.dtype not in AVERAGEABLE):
+
+    def rule(action: Action) -> str:
+        return f"rules={{{entry.name!r}: {action!r}}}"
+
+    if entry.action != "skip" and not is_plain(tensor):
+        kind = "a DTensor" if type(tensor).__name__ == "DTensor" else f"a {type(tensor).__name__}, {tensor.layout}"
+        raise StateError(f"{entry.name!r} cannot be averaged: it is {kind}; give it a rule, as in {rule('skip')}")
+    if entry.action != "skip" and overlaps_itself(tensor):
         raise StateError(
-            f"{entry.name!r} cannot be averaged: its dtype is {tensor.dtype}; give it a rule, "
-            f"rules={{{entry.name!r}: 'copy'}}"
+            f"{entry.name!r} is an expanded view, of which one element stands for many; clone it, or give it a rule, "
+            f"as in {rule('skip')}"
+        )
+    if entry.action == "average" and tensor.dtype not in AVERAGEABLE:
+        raise StateError(
+            f"{entry.name!r} cannot be averaged: its dtype is {tensor.dtype}; give it a rule, as in {rule('copy')}"
         )
 
 
 def _check_overlaps(entries: list[Entry]) -> None:
     """Raises where an averaged tensor shares memory with another entry: a part of it would be averaged twice."""
-    spans = sorted((*_span(entry.tensor), position) for position, entry in enumerate(entries) if _has_span(entry))
-    reaching: tuple[str, int, Entry] | None = None
+    plain = [entry for entry in entries if entry.tensor.numel() > 0 and is_plain(entry.tensor)]
+    spans = sorted((*span(entry.tensor), position) for position, entry in enumerate(plain))
+    reaching: tuple[str, int, int] | None = None
     for device, start, end, position in spans:
-        entry = entries[position]
         if reaching is not None and reaching[0] == device and start < reaching[1]:
-            other = reaching[2]
-            if "average" in (entry.action, other.action):
-                one, two = sorted((entry, other), key=entries.index)
+            one, other = (plain[at] for at in sorted((position, reaching[2])))
+            if "average" in (one.action, other.action) and share_memory(one.tensor, other.tensor):
                 raise MismatchError(
-                    f"{one.name!r} {tuple(one.shape)} and {two.name!r} {tuple(two.shape)} share memory without being "
-                    "the same tensor; only whole tensors can be tied. Clone one of them"
+                    f"{one.name!r} {tuple(one.shape)} and {other.name!r} {tuple(other.shape)} share memory without "
+                    "being the same tensor; only whole tensors can be tied. Clone one of them"
                 )
         if reaching is None or reaching[0] != device or end > reaching[1]:
-            reaching = device, end, entry
-
-
-def _has_span(entry: Entry) -> bool:
-    return type(entry.tensor) in (Tensor, nn.Parameter) and entry.tensor.numel() > 0 and not entry.tensor.is_quantized
-
-
-def _span(tensor: Tensor) -> tuple[str, int, int]:
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + (reach + 1) * tensor.element_size()
+            reaching = device, end, position

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 _MAX_LISTED = 8
@@ -35,3 +36,11 @@ def listed(items: Iterable[object]) -> str:
     texts = [repr(item) for item in items]
     text = ", ".join(texts[:_MAX_LISTED])
     return text if len(texts) <= _MAX_LISTED else f"{text} and {len(texts) - _MAX_LISTED} more"
+
+
+def outside() -> int:
+    """The `stacklevel` at which a warning shows the user's own line, called where the warning is given."""
+    level, frame = 0, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("polyak", "contextlib")):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -74,14 +74,14 @@ class ModelEma:
         self,
         model: nn.Module,
         decay: float = 0.9999,
-        device: torch.device | str | None = "",
+        device: torch.device | str | int | None = "",
         resume: str | os.PathLike[str] = "",
     ) -> None:
         Exponential(decay)
         self.decay = decay
         self.device = device
         self.ema_has_module = hasattr(model, "module")
-        chosen = torch.device(device) if device else None
+        chosen = None if device is None or device == "" else torch.device(device)
         self._source = Source(model, {}, include_frozen=True, any_device=chosen is not None)
         self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen)
         bare = unwrap(model)
@@ -108,13 +108,13 @@ class ModelEma:
         """
         growth = Exponential(self.decay).growth(0.0, 1.0)
         check_not_standing(self._source.bare, "update()")
-        moved = not self._average.is_current()
-        if moved:
-            self._follow_average()
         if model is not self._source.model or not self._source.is_current():
-            moved = self._source.refresh(model) or moved
-        if moved:
-            self._store.bind(self._source.entries)
+            if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+                raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
+            self._source.refresh(model)
+        if not self._average.is_current():
+            self._follow_average()
+        self._store.bind(self._source.entries)
         self._num_updates += 1
         self._store.submit(Step({_PROFILE: growth}, self._num_updates))
 

@@ -5,7 +5,7 @@ Strings only. Which modules wrap others is known to `entries`; here is what can 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -35,23 +35,33 @@ def canonical(name: str) -> str:
     return join(name.split("."))
 
 
-def match(tensors: Mapping[str, T], expected: Iterable[str]) -> dict[str, T]:
-    """Renames the tensors of a saved dictionary to canonical names, as far as `expected` knows them.
+def renaming(given: Iterable[str], expected: Iterable[str]) -> Callable[[str], str]:
+    """How given names are to be changed to be the expected ones, as far as wrappers explain the difference.
 
     Wrapper segments are dropped. A leading "module." is added to or removed from all names together, when that is
     what makes them the expected ones: data-parallel wrappers put it there, and a bare model may have it by itself.
 
     Example:
-        >>> match({"module._orig_mod.weight": 1}, ["weight"])
-        {'weight': 1}
-        >>> match({"weight": 1}, ["module.weight"])
-        {'module.weight': 1}
+        >>> renaming(["module._orig_mod.weight"], ["weight"])("module._orig_mod.weight")
+        'weight'
+        >>> renaming(["weight"], ["module.weight"])("weight")
+        'module.weight'
     """
     wanted = set(expected)
-    bare = {canonical(name): tensor for name, tensor in tensors.items()}
-    candidates = [bare]
+    bare = [canonical(name) for name in given]
+    changes: list[Callable[[str], str]] = [canonical, lambda name: canonical(f"module.{name}")]
     if all(name.startswith("module.") for name in bare):
-        candidates.append({name.removeprefix("module."): tensor for name, tensor in bare.items()})
-    candidates.append({f"module.{name}": tensor for name, tensor in bare.items()})
+        changes.append(lambda name: canonical(name).removeprefix("module."))
     # The first of equals wins, so that names which fit as they are stay as they are.
-    return max(candidates, key=lambda candidate: len(wanted & candidate.keys()))
+    return max(changes, key=lambda change: len(wanted.intersection(map(change, bare))))
+
+
+def match(tensors: Mapping[str, T], expected: Iterable[str]) -> dict[str, T]:
+    """Renames the tensors of a saved dictionary as `renaming` says.
+
+    Example:
+        >>> match({"module._orig_mod.weight": 1}, ["weight"])
+        {'weight': 1}
+    """
+    rename = renaming(tensors, expected)
+    return {rename(name): tensor for name, tensor in tensors.items()}

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.entries import Entry, Rules, Site, gather, resolve, unwrap, walk
+from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwrap, walk
 from polyak.errors import MismatchError, StateError, listed
-from polyak.kernels import average_dtype
+from polyak.kernels import average_dtype, checksums, is_plain
+from polyak.names import renaming
 
 
 class Watch:
@@ -31,7 +32,7 @@ class Watch:
         # Strong references: an address, or the identity of an object, may be given to another one after it is gone.
         self._values: list[object] = [value for holder in self._holders for value in holder.values()]
         self._lengths = list(map(len, self._holders))
-        self._tensors = [value for value in self._values if isinstance(value, Tensor)]
+        self._tensors = [value for value in self._values if isinstance(value, Tensor) and is_plain(value)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def is_current(self) -> bool:
@@ -72,12 +73,13 @@ class Source:
         self._any_device = any_device
         self._any_dtype = any_dtype
         self._adopt(resolve(model, rules, include_frozen=include_frozen))
+        self.frozen_sums = dict(zip(self._frozen, checksums(list(self._frozen.values())), strict=True))
 
     def _adopt(self, entries: list[Entry]) -> None:
         self.bare = unwrap(self.model)
         self.entries = entries
-        self._addresses = {entry.name: entry.tensor.data_ptr() for entry in entries}
-        self._frozen = [entry for entry in entries if entry.reason == "frozen"]
+        self._views = {entry.name: _view(entry.tensor) for entry in entries}
+        self._frozen = {entry.name: entry.tensor for entry in entries if entry.reason == "frozen"}
         self._watch = Watch(self.model)
 
     def again(self) -> Source:
@@ -96,33 +98,46 @@ class Source:
 
     def check_frozen(self) -> None:
         """Raises where a parameter that was frozen is trained now."""
-        for entry in self._frozen:
-            if entry.tensor.requires_grad:
+        for name, tensor in self._frozen.items():
+            _check_still_frozen(name, tensor)
+
+    def check_frozen_values(self) -> None:
+        """Raises where a frozen parameter is not what it was; reads all of them."""
+        for name, found in zip(self._frozen, checksums(list(self._frozen.values())), strict=True):
+            if found != self.frozen_sums[name]:
                 raise StateError(
-                    f"{entry.name!r} was frozen when the average was made and is trained now; "
-                    "make the average after requires_grad is set, or name it in rules= to average it from the start"
+                    f"{name!r} is frozen (requires_grad=False), has no average, and yet has changed since the average "
+                    "was made. Make the average after the model is loaded; or say what to do with it, as in "
+                    f"rules={{{name!r}: 'average'}}"
                 )
 
-    def refresh(self, model: nn.Module | None = None) -> bool:
-        """Walks the model again and takes its present tensors; True where any of them is another one.
+    def refresh(self, model: nn.Module | None = None) -> None:
+        """Walks the model again and takes its present tensors, after everything was checked.
 
         Args:
             model: the model to look at from now on, where it is another one or otherwise wrapped.
 
         Raises:
             MismatchError: the model's tensors are no longer those that the averages were made for.
+            StateError: a parameter that was frozen is trained now.
         """
         model = self.model if model is None else model
-        found = match_sites(model, self.entries, given_by="the model")
-        for entry in self.entries:
-            self._check_kept(entry, found[entry.name][0].tensor)
-        moved = model is not self.model or not self.is_current()
-        self.model = model
-        self._adopt(
-            [replace(entry, sites=found[entry.name], tensor=found[entry.name][0].tensor) for entry in self.entries]
-        )
-        self.check_frozen()
-        return moved
+        known = {entry.name: entry for entry in self.entries}
+        found = match_sites(model, self.entries, given_by="the model", rules=self._rules)
+        entries: list[Entry] = []
+        for name, sites in found.items():
+            tensor = sites[0].tensor
+            if name in known and not known[name].is_loose:
+                self._check_kept(known[name], tensor)
+                if known[name].reason == "frozen":
+                    _check_still_frozen(name, tensor)
+                entries.append(replace(known[name], sites=sites, tensor=tensor))
+            else:
+                entries.append(replace(make_entry(sites, self._rules), name=name))
+        unmoved = {entry.name: _view(entry.tensor) for entry in entries} == self._views
+        if model is not self.model or not unmoved or not self.is_current():
+            self.model = model
+            self._adopt(entries)
 
     def _check_kept(self, entry: Entry, tensor: Tensor) -> None:
         if average_dtype(tensor.dtype) != average_dtype(entry.dtype) and not self._any_dtype:
@@ -145,26 +160,46 @@ class Source:
         return [
             (entry, site)
             for entry, site in sites
-            if site.tensor is not entry.tensor or site.tensor.data_ptr() != self._addresses[entry.name]
+            if site.tensor is not entry.tensor or _view(site.tensor) != self._views[entry.name]
         ]
 
 
-def match_sites(model: nn.Module, entries: Iterable[Entry], *, given_by: str) -> dict[str, tuple[Site, ...]]:
+def _view(tensor: Tensor) -> tuple[object, ...]:
+    return (tensor.data_ptr(), tensor.stride()) if is_plain(tensor) else (id(tensor),)
+
+
+def _check_still_frozen(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise StateError(
+            f"{name!r} was frozen when the average was made and is trained now; make the average after requires_grad "
+            "is set, name it in rules= to average it from the start, or call adapt() to begin now"
+        )
+
+
+def match_sites(
+    model: nn.Module, entries: Iterable[Entry], *, given_by: str, rules: Rules | None = None
+) -> dict[str, tuple[Site, ...]]:
     """The places of a model that hold what these entries are, by name, after everything was checked.
+
+    Loose entries (caches) may be missing, and there may be others.
 
     Raises:
         MismatchError: the model has other tensors.
     """
-    entries = list(entries)
-    found = {sites[0].name: tuple(sites) for sites in gather(model)}
+    known = {entry.name: entry for entry in entries}
+    strict = {name: entry for name, entry in known.items() if not entry.is_loose}
+    groups = gather(model)
+    rename = renaming((sites[0].name for sites in groups), known)
+    found = {rename(sites[0].name): tuple(sites) for sites in groups}
+    loose = {name for name, sites in found.items() if name not in strict and make_entry(sites, rules or {}).is_loose}
     check_same_names(
-        {name: [site.name for site in sites] for name, sites in found.items()},
-        {entry.name: [entry.name, *entry.aliases] for entry in entries},
+        {name: [rename(site.name) for site in sites] for name, sites in found.items() if name not in loose},
+        {name: [name, *map(rename, entry.aliases)] for name, entry in strict.items()},
         given_by=given_by,
         wanted_by="the average",
     )
-    for entry in entries:
-        _check_same_kind(entry, found[entry.name][0].tensor, given_by=given_by)
+    for name, entry in strict.items():
+        _check_same_kind(entry, found[name][0].tensor, given_by=given_by)
     return found
 
 
@@ -191,8 +226,8 @@ def check_same_names(
     if missing or extra:
         raise MismatchError(
             f"{given_by} and {wanted_by} hold different tensors. Only {wanted_by}: {listed(missing) or 'none'}. Only "
-            f"{given_by}: {listed(extra) or 'none'}. Probably {cause}. Nothing was written; a new model needs a new "
-            "average"
+            f"{given_by}: {listed(extra) or 'none'}. Probably {cause}. Nothing was written. Where a model changes on "
+            "purpose, WeightAverage.adapt() follows it; else a new model needs a new average"
         )
     for name, names in given.items():
         if set(names) != set(wanted[name]):

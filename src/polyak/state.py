@@ -2,7 +2,7 @@
 
     {"format": "polyak.WeightAverage", "version": 1,
      "configuration": {"profiles": {name: description}, "every": int, "start": float, "dtypes": [str]},
-     "clock": {...}, "pending": {name: float}, "ties": {name: [alias]},
+     "clock": {...}, "pending": {name: float}, "ties": {name: [alias]}, "frozen": {name: checksum},
      "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
 
 The fingerprint of the configuration stands in the path of every tensor, because a loader that reads into live tensors
@@ -35,9 +35,11 @@ def save_state(core: Core) -> dict[str, Any]:
     """The state, whose tensors are the averages themselves."""
     configuration = _configuration(core)
     fingerprint = _fingerprint(configuration)
-    copies = set(core.store.copies)
+    loose = {entry.name for entry in core.source.entries if entry.is_loose}
+    copies = [name for name in core.store.copies if name not in loose]
+    names = set(next(iter(core.store.averages.values())))
     averages = {
-        profile: {name: tensor for name, tensor in core.store.tensors(profile).items() if name not in copies}
+        profile: {name: _lasting(core, tensor) for name, tensor in core.store.tensors(profile).items() if name in names}
         for profile in core.profiles
     }
     tensors = core.store.tensors(next(iter(core.profiles)))
@@ -48,9 +50,15 @@ def save_state(core: Core) -> dict[str, Any]:
         "clock": core.clock.state(),
         "pending": dict(core.store.pending),
         "ties": {entry.name: list(entry.aliases) for entry in core.source.entries if entry.aliases},
+        "frozen": dict(core.source.frozen_sums),
         "averages": {fingerprint: averages},
-        "copies": {fingerprint: {name: tensors[name] for name in core.store.copies}},
+        "copies": {fingerprint: {name: _lasting(core, tensors[name]) for name in copies}},
     }
+
+
+def _lasting(core: Core, tensor: Tensor) -> Tensor:
+    """A tensor of the store that stays what it is when a swap ends: what stands in the source now is copied."""
+    return tensor if core.swapped is None else tensor.clone()
 
 
 def load_state(core: Core, state: Mapping[str, Any]) -> None:
@@ -68,14 +76,17 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
         given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
         copies = _dictionary(state["copies"][fingerprint])
-    except (KeyError, TypeError, ValueError) as error:
+        frozen = {str(name): int(total) for name, total in state["frozen"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: {type(error).__name__}: {error}") from error
     if any(not growth >= 0 for growth in pending.values()):
         raise FileFormatError(f"the state is damaged: its pending growth is {pending}")
+    loose = {entry.name for entry in core.source.entries if entry.is_loose}
+    kept_copies = {name: tensor for name, tensor in core.store.copies.items() if name not in loose}
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     sets = [(core.store.averages[name], given[name], f"average {name!r}") for name in core.profiles]
-    for kept, found, what in [*sets, (core.store.copies, copies, "copies")]:
+    for kept, found, what in [*sets, (kept_copies, copies, "copies")]:
         matched = _match(core, kept, found, what)
         targets += kept.values()
         sources += [matched[name] for name in kept]
@@ -83,6 +94,8 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         copy_(targets, sources)
     core.store.pending = pending
     core.clock = clock
+    # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
+    core.source.frozen_sums.update({name: frozen[name] for name in core.source.frozen_sums if name in frozen})
 
 
 def _configuration(core: Core) -> dict[str, Any]:
@@ -110,7 +123,7 @@ def _check_format(state: Mapping[str, Any]) -> None:
         )
     if state.get("version") != VERSION:
         raise FileFormatError(f"the state has version {state.get('version')!r}; this polyak reads version {VERSION}")
-    missing = {"configuration", "clock", "pending", "ties", "averages", "copies"} - state.keys()
+    missing = {"configuration", "clock", "pending", "ties", "frozen", "averages", "copies"} - state.keys()
     if missing:
         raise FileFormatError(f"the state is damaged: it has no {listed(sorted(missing))}")
 

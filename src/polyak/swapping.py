@@ -7,6 +7,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -34,7 +35,7 @@ def swap_in(core: Core, name: str) -> None:
         StateError: an average stands in the source already.
     """
     check_not_standing(core.source.bare, "a swap")
-    core.verify()
+    core.verify_values()
     core.warn_if_never_updated("swapped in")
     core.swapped = name
     _STANDING[core.source.bare] = name
@@ -50,17 +51,31 @@ def swap_out(core: Core) -> list[str]:
     It may be called at any time, also after `swap_in` or itself was interrupted, and does what is left to do.
     """
     changed = core.store.swap_out()
-    core.swapped = None
+    name, core.swapped = core.swapped, None
     _STANDING.pop(core.source.bare, None)
     if core.guard is not None:
         core.guard.remove()
         core.guard = None
-    raw = core.store.raw()
+    return changed if name is None else changed + _take_back_replaced(core, name)
+
+
+@torch.no_grad()
+def _take_back_replaced(core: Core, name: str) -> list[str]:
+    """Gives tensors that were replaced inside of a swap the source's own weights; returns the names of parameters.
+
+    A buffer that was replaced was written, in another way: its value belongs to the average.
+    """
+    raw, averages = core.store.raw(), core.store.tensors(name)
+    parameters: list[str] = []
     for entry, site in core.source.replaced():
-        if entry.name in raw and site.tensor.shape == entry.shape:
-            site.tensor.detach().copy_(raw[entry.name])
-        changed.append(site.name)
-    return changed
+        fits = entry.name in raw and site.tensor.shape == raw[entry.name].shape
+        if fits and not entry.is_parameter:
+            averages[entry.name].copy_(site.tensor)
+        if fits:
+            site.tensor.copy_(raw[entry.name])
+        if entry.is_parameter or not (fits or entry.is_loose):
+            parameters.append(site.name)
+    return parameters
 
 
 def raise_if_changed(changed: list[str]) -> None:

@@ -169,6 +169,8 @@ class AverageView:
         Raises:
             OSError: the file cannot be written; one that was there is as it was.
         """
+        self._core.verify_values()
+        self._core.warn_if_never_updated("exported")
         weights = self.weights()
         if dtype is not None:
             if not dtype.is_floating_point:

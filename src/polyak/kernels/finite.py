@@ -22,5 +22,5 @@ def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
         return []
     device = tensors[0].device
     sums = torch.stack([tensor.sum().abs().to(device, torch.float64) for tensor in tensors])
-    suspects: list[int] = torch.nonzero(sums.isfinite().logical_not()).flatten().tolist()
+    suspects = [position for position, is_finite in enumerate(sums.isfinite().cpu()) if not bool(is_finite)]
     return [position for position in suspects if not bool(tensors[position].isfinite().all())]

@@ -72,11 +72,6 @@ def raw_inside(slot: Tensor) -> Tensor:
     return slot.view(torch.int32).bitwise_right_shift(16).to(torch.int16).view(torch.bfloat16)
 
 
-def forget_rest_(slot: Tensor) -> None:
-    """Makes the average exactly what stands in the source, for a buffer that was written there."""
-    slot.view(torch.int32).bitwise_and_(~_LOWER)
-
-
 def _fill(batch: Batch, shorts: list[Tensor]) -> None:
     averages, sources = batch.columns
     copy_(batch.scratch, averages)

@@ -35,13 +35,16 @@ class LocalStore:
             check_average_dtype(dtype)
         self._dtype = dtype
         self._device = device
+        self._entries: Sequence[Entry] | None = None
+        if device is not None and device.type == "meta":
+            raise ValueError("device='meta': an average has values, and that device holds none")
         averaged = [entry for entry in entries if entry.action == "average"]
-        self.averages: dict[str, dict[str, Tensor]] = {
-            profile: {entry.name: _allocate(entry.tensor, dtype, device) for entry in averaged} for profile in profiles
-        }
-        self.copies: dict[str, Tensor] = {
-            entry.name: _like(entry.tensor, entry.tensor.dtype, device) for entry in entries if entry.action == "copy"
-        }
+        with torch.inference_mode(False):
+            self.averages: dict[str, dict[str, Tensor]] = {
+                profile: {entry.name: _allocate(entry.tensor, dtype, device) for entry in averaged}
+                for profile in profiles
+            }
+        self.copies: dict[str, Tensor] = {}
         self.pending = dict.fromkeys(self.averages, 0.0)
         self.swap: Swap | None = None
         self.bind(entries)
@@ -62,7 +65,27 @@ class LocalStore:
     def bind(self, entries: Sequence[Entry]) -> None:
         """Takes the tensors of these entries as the sources of all updates from now on."""
         assert self.swap is None
-        self._sources = {entry.name: entry.tensor.detach() for entry in entries if entry.action != "skip"}
+        if entries is self._entries:
+            return
+        # Scratch memory and views that are made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._sources = {entry.name: entry.tensor.detach() for entry in entries if entry.action != "skip"}
+            self._follow_copies([entry for entry in entries if entry.action == "copy"])
+            self._plan_updates()
+        self._entries = entries
+
+    def _follow_copies(self, entries: Sequence[Entry]) -> None:
+        """Holds a copy for each of these and no others; one that is new, or has another shape now, is the source's."""
+        kept = self.copies
+        self.copies = {}
+        for entry in entries:
+            copy = kept.get(entry.name)
+            if copy is None or copy.shape != entry.tensor.shape or copy.dtype != entry.tensor.dtype:
+                copy = _like(entry.tensor, entry.tensor.dtype, self._device)
+                copy.copy_(entry.tensor.detach())
+            self.copies[entry.name] = copy
+
+    def _plan_updates(self) -> None:
         first = next(iter(self.averages.values()))
         self.plan = Plan(
             [
@@ -75,12 +98,11 @@ class LocalStore:
     def submit(self, step: Step) -> None:
         """Applies the growth of a step, and what was pending, to every average."""
         assert self.swap is None
-        for profile, growth in step.growth.items():
-            self.pending[profile] += growth
+        pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
         with torch.no_grad():
-            self.plan.run([-math.expm1(-growth) for growth in self.pending.values()])
+            self.plan.run([-math.expm1(-growth) for growth in pending.values()])
             copy_(*self._copies)
-        self.pending = dict.fromkeys(self.pending, 0.0)
+        self.pending = dict.fromkeys(pending, 0.0)
 
     def non_finite(self) -> list[str]:
         """The names of averaged entries whose source holds a NaN or an infinity."""
@@ -91,14 +113,16 @@ class LocalStore:
 
         Args:
             profile: whose average.
-            buffers: the names of entries whose changes inside the swap belong to the average.
+            buffers: the names of entries that are no parameters: what is written to them inside belongs to the average.
             aside: leave the store's tensors as they are, for somebody else reads them, and keep the source's values
                 in new memory; otherwise the two exchange their values.
         """
         assert self.swap is None
         averages = {**self.averages[profile], **self.copies}
-        self.swap = Swap({name: (self._sources[name], averages[name]) for name in averages}, aside=aside)
-        self.swap.enter(frozenset(buffers))
+        pairs = {name: (self._sources[name], averages[name]) for name in averages}
+        with torch.inference_mode(False):
+            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside)
+        self.swap.enter()
 
     def swap_out(self) -> list[str]:
         """Puts the source's own values back; returns the names of parameters that were changed meanwhile.
@@ -123,9 +147,10 @@ class LocalStore:
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""
         (profile,) = self.averages
+        self._entries = None
         for name in self.averages[profile]:
             self.averages[profile][name] = tensors[name]
-        for name in self.copies:
+        for name in self.copies.keys() & tensors.keys():
             self.copies[name] = tensors[name]
 
 

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from polyak.kernels import (
     Journal,
-    Operation,
     average_inside,
+    checksums,
     copy_,
     exchange,
     exchange_halves,
-    forget_rest_,
     raw_inside,
 )
 
@@ -27,24 +26,32 @@ class Swap:
     """One swap of an average and its source.
 
     Pairs of one dtype exchange their values, and a bfloat16 source shares the 32 bits of its average: both need a
-    small scratch buffer only. For the others (another device, float16) and for all of them with `aside`, the source's
-    values are kept in new memory, and the average stays in the store as it is.
+    small scratch buffer only. For the others (another device, float16, buffers of another dtype) and for all of them
+    with `aside`, the source's values are kept in new memory, and the average stays in the store as it is.
+
+    Args:
+        pairs: source and average by name.
+        buffers: the names of those that are no parameters: what is written to them inside belongs to the average.
+        aside: leave the averages where they are.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], *, aside: bool) -> None:
+    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], *, buffers: frozenset[str], aside: bool) -> None:
         self._pairs = dict(pairs)
-        self._ways: dict[str, _Way] = {name: _way(*pair, aside=aside) for name, pair in pairs.items()}
+        self._ways: dict[str, _Way] = {
+            name: _way(*pair, is_buffer=name in buffers, aside=aside) for name, pair in pairs.items()
+        }
+        self._buffers = buffers
         self._kept = {name: torch.empty_like(pairs[name][0]) for name in self._names("keep")}
         exchanging = exchange(*self._columns(self._names("exchange")))
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))
         keep = [partial(copy_, list(self._kept.values()), sources), partial(copy_, sources, averages)]
         self._in = Journal([*keep, *exchanging, *enter])
-        self._back: list[Operation] = [partial(copy_, sources, list(self._kept.values())), *exchanging, *leave]
-        self._out: Journal | None = None
-        self._versions: dict[str, int] = {}
+        back = [partial(copy_, sources, list(self._kept.values())), *exchanging, *leave]
+        self._out = Journal([self._look, self._keep_buffers, *back])
+        # The sum of each parameter's bits, as the average put them there.
+        self._sums: list[int] | None = None
         self._changed: list[str] = []
-        self._buffers = frozenset[str]()
 
     def _names(self, way: _Way) -> list[str]:
         return [name for name, its_way in self._ways.items() if its_way == way]
@@ -52,36 +59,34 @@ class Swap:
     def _columns(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
         return [self._pairs[name][0] for name in names], [self._pairs[name][1] for name in names]
 
-    def enter(self, buffers: frozenset[str]) -> None:
-        """Puts the average into the source.
+    def _parameters(self) -> dict[str, Tensor]:
+        return {name: source for name, (source, _) in self._pairs.items() if name not in self._buffers}
 
-        Args:
-            buffers: the names of those whose changes inside of the swap belong to the average.
-        """
-        self._buffers = buffers
+    def enter(self) -> None:
+        """Puts the average into the source."""
         self._in.run()
-        # torch counts the changes in place of each tensor; after this point they are the user's.
-        self._versions = {
-            name: source._version for name, (source, _) in self._pairs.items() if not source.is_inference()
-        }
+        # Bits are summed because torch's own count of changes misses fused optimizers and writes to `.data`.
+        self._sums = checksums(list(self._parameters().values()))
 
     def leave(self) -> list[str]:
         """Puts the source's own values back; returns the names of parameters that were changed in the source."""
-        if not self._in.started:
-            return []
-        self._in.run()
-        if self._out is None:
-            changed = [name for name, version in self._versions.items() if self._pairs[name][0]._version != version]
-            self._changed = [name for name in changed if name not in self._buffers]
-            # What was exchanged goes back to the average by itself.
-            written = [name for name in changed if name in self._buffers]
-            sources, averages = self._columns([name for name in written if self._ways[name] == "keep"])
-            slots = [self._pairs[name][1] for name in written if self._ways[name] == "halves"]
-            self._out = Journal(
-                [partial(copy_, averages, sources), *[partial(forget_rest_, slot) for slot in slots], *self._back]
-            )
-        self._out.run()
+        if self._in.started:
+            self._in.run()
+            self._out.run()
         return self._changed
+
+    def _look(self) -> None:
+        if self._sums is not None:
+            parameters = self._parameters()
+            sums = checksums(list(parameters.values()))
+            self._changed = [name for name, a, b in zip(parameters, self._sums, sums, strict=True) if a != b]
+
+    def _keep_buffers(self) -> None:
+        """Takes what was written to buffers into averages that stayed in the store; what was exchanged goes by itself."""
+        for name in self._kept.keys() & self._buffers:
+            source, average = self._pairs[name]
+            if not torch.equal(source, average.to(source.device, source.dtype)):
+                average.copy_(source)
 
     def averages(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the store as they are while this swap lasts, wherever they stand."""
@@ -107,9 +112,11 @@ class Swap:
         return average if self._ways[name] == "exchange" else self._kept[name]
 
 
-def _way(source: Tensor, average: Tensor, *, aside: bool) -> _Way:
+def _way(source: Tensor, average: Tensor, *, is_buffer: bool, aside: bool) -> _Way:
     if aside or source.device != average.device:
         return "keep"
     if source.dtype == average.dtype:
         return "exchange"
-    return "halves" if (source.dtype, average.dtype) == (torch.bfloat16, torch.float32) else "keep"
+    # What is written to a buffer inside must come out exactly, and the shared bits hold a rest of the old value.
+    halves = (source.dtype, average.dtype) == (torch.bfloat16, torch.float32) and not is_buffer
+    return "halves" if halves else "keep"

@@ -1,0 +1,63 @@
+"""How tensors lie in memory: which are plain, which share it, which elements are one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Tensor subclasses that only add attributes do not define it; DTensor and its like do.
+_PLAIN_DISPATCH: object = vars(Tensor).get("__torch_dispatch__", getattr(Tensor, "__torch_dispatch__", None))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is a stretch of this process's memory, seen with strides, and nothing more.
+
+    Example:
+        >>> is_plain(torch.ones(2)), is_plain(torch.eye(2).to_sparse())
+        (True, False)
+    """
+    return (
+        getattr(type(tensor), "__torch_dispatch__", None) is _PLAIN_DISPATCH
+        and tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and not tensor.is_meta
+    )
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether one element in memory stands for several of a plain tensor, so that it cannot be written.
+
+    Example:
+        >>> overlaps_itself(torch.ones(1).expand(3)), overlaps_itself(torch.ones(1).expand(1))
+        (True, False)
+    """
+    return is_plain(tensor) and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
+
+
+def span(tensor: Tensor) -> tuple[str, int, int]:
+    """The device of a plain tensor, the address of its first byte, and the one after its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (reach + 1) * tensor.element_size()
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether an element of one plain tensor lies where an element of the other does, given that their spans meet.
+
+    Example:
+        >>> whole = torch.ones(4, 6)
+        >>> share_memory(whole[:, :3], whole[:, 3:]), share_memory(whole, whole[2:])
+        (False, True)
+    """
+    if one.element_size() != other.element_size():
+        return True
+    return bool(torch.isin(_addresses(one), _addresses(other)).any())
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    addresses = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        addresses = addresses.unsqueeze(-1) + torch.arange(size) * (stride * tensor.element_size())
+    return addresses.flatten()

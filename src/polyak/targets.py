@@ -1,0 +1,271 @@
+"""Target and teacher networks: one set of weights that follows another, in one call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from polyak.entries import AVERAGEABLE, gather, resolve, unwrap
+from polyak.errors import MismatchError, listed
+from polyak.kernels import Plan, Row, average_dtype, copy_
+from polyak.source import check_same_names
+from polyak.swapping import check_not_standing
+
+Tensors: TypeAlias = "nn.Module | Mapping[str, Tensor] | Iterable[Tensor]"
+
+
+def lerp_(target: Tensors, source: Tensors, *, weight: float) -> None:
+    """Moves a target network or a teacher towards its source, in place.
+
+        target = target + weight * (source - target)
+
+    Modules are matched by name, whatever wraps them: parameters, frozen or not, and floating-point buffers are
+    averaged; integers, booleans and non-persistent buffers are copied. Dictionaries of tensors are matched by key,
+    lists by position. Tied tensors move once. Either everything moves or nothing does.
+
+    Args:
+        target: what moves: a module, a dictionary of tensors, or tensors in a list (`module.parameters()`, say). Its
+            dtype and device may be other than the source's.
+        source: what it moves towards; of the same kind.
+        weight: the share of the source's weights, from 0 to 1, which is 1 - decay: 0.005 where others write a decay
+            of 0.995. weight=0.995 is the share of the new weights; 0.005 was probably meant. 1 copies.
+
+    Raises:
+        MismatchError: the two have other names, shapes or kinds of tensors, or share memory. Nothing was written.
+        ValueError: the weight is outside of [0, 1]; or the target has 16 bits, in which it would not move.
+        TypeError: the two are not of one kind.
+        StateError: an average stands in one of the modules.
+
+    Example:
+        >>> online, target = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> lerp_(target, online, weight=1)
+        >>> torch.equal(target.weight, online.weight)
+        True
+        >>> lerp_([tensor := torch.zeros(2)], [torch.ones(2)], weight=0.005)
+        >>> tensor
+        tensor([0.0050, 0.0050])
+
+    Source: Lillicrap et al., Continuous control with deep reinforcement learning, 2015, algorithm 1. Tarvainen and
+    Valpola, Mean teachers are better role models, 2017.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(
+            f"weight={weight!r}: it is the share of the source's weights that the target takes, from 0 to 1, such as "
+            "0.005"
+        )
+    _pair(target, source).lerp_(float(weight))
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A tensor of the target, the one of the source that it follows, and whether it is averaged or copied."""
+
+    name: str
+    target: Tensor
+    source: Tensor
+    averaged: bool
+
+
+class _Pair:
+    """A target and its source, checked and ready to run. It holds their tensors, but no module."""
+
+    def __init__(self, matches: list[_Match], addresses: list[int] | None = None) -> None:
+        self.addresses = addresses
+        for match in matches:
+            _check_same_kind(match)
+        matches = _each_once(matches)
+        _check_apart(matches)
+        averaged = [match for match in matches if match.averaged]
+        copied = [match for match in matches if not match.averaged]
+        self._halves = [match.name for match in averaged if average_dtype(match.target.dtype) != match.target.dtype]
+        self._plan = Plan([Row(match.name, match.source.detach(), (match.target.detach(),)) for match in averaged])
+        self._copies = [match.target.detach() for match in copied], [match.source.detach() for match in copied]
+
+    def lerp_(self, weight: float) -> None:
+        if self._halves and weight != 1.0:
+            raise ValueError(
+                f"weight={weight!r}: the target's {listed(self._halves)} have 16 bits, in which they would not move: "
+                "rounding to nearest drops small steps. Keep the target in torch.float32, as target.float() makes it; "
+                "the source may have 16 bits"
+            )
+        with torch.no_grad():
+            self._plan.run([weight])
+            copy_(*self._copies)
+
+
+# Pairs of modules that came before. A pair is dropped with either of its modules, and made anew when either has got
+# other tensors; until then it holds those that it had, so that no address in it can be given to another tensor.
+_Pairs: TypeAlias = "weakref.WeakKeyDictionary[nn.Module, _Pair]"
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Pairs] = weakref.WeakKeyDictionary()
+
+
+def _pair(target: Tensors, source: Tensors) -> _Pair:
+    if isinstance(target, nn.Module) and isinstance(source, nn.Module):
+        return _pair_of_modules(target, source)
+    if isinstance(target, Mapping) and isinstance(source, Mapping):
+        return _Pair(_match_mappings(target, source))
+    kinds = (nn.Module, Mapping, Tensor)
+    if not any(isinstance(each, kinds) or not isinstance(each, Iterable) for each in (target, source)):
+        return _Pair(_match_lists(list(cast("Iterable[Tensor]", target)), list(cast("Iterable[Tensor]", source))))
+    raise TypeError(
+        "lerp_: target and source must be two modules, two dictionaries of tensors or two lists of tensors, not "
+        f"{type(target).__name__} and {type(source).__name__}"
+    )
+
+
+def _pair_of_modules(target: nn.Module, source: nn.Module) -> _Pair:
+    for module in (target, source):
+        check_not_standing(unwrap(module), "lerp_()")
+    addresses = [*_addresses(target), -1, *_addresses(source)]
+    pairs = _KNOWN.setdefault(target, weakref.WeakKeyDictionary())
+    pair = pairs.get(source)
+    if pair is None or pair.addresses != addresses:
+        pairs.pop(source, None)
+        matches = _match_modules(target, source)
+        pair = _Pair(matches, addresses)
+        # Of other kinds of tensors, such as DTensors, the address does not tell which they are.
+        if all(_is_plain(tensor) for match in matches for tensor in (match.target, match.source)):
+            pairs[source] = pair
+    return pair
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    """Where each tensor of a module is, in a fixed order: 0.2 microseconds for each tensor and each module."""
+    addresses: list[int] = []
+    stack = [module]
+    while stack:
+        part = stack.pop()
+        for holder in (part._parameters, part._buffers):
+            addresses += [tensor.data_ptr() for tensor in holder.values() if tensor is not None]
+        stack += [child for child in part._modules.values() if child is not None]
+    return addresses
+
+
+def _match_modules(target: nn.Module, source: nn.Module) -> list[_Match]:
+    entries = resolve(target, {}, include_frozen=True)
+    found = {sites[0].name: sites for sites in gather(source)}
+    check_same_names(
+        {name: [site.name for site in sites] for name, sites in found.items()},
+        {entry.name: [entry.name, *entry.aliases] for entry in entries},
+        given_by="the source",
+        wanted_by="the target",
+    )
+    return [
+        _Match(entry.name, entry.tensor, found[entry.name][0].tensor, entry.action == "average") for entry in entries
+    ]
+
+
+def _match_mappings(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> list[_Match]:
+    check_same_names(
+        {name: [name] for name in source},
+        {name: [name] for name in target},
+        given_by="the source",
+        wanted_by="the target",
+    )
+    return [_match(name, tensor, source[name]) for name, tensor in target.items()]
+
+
+def _match_lists(target: list[Tensor], source: list[Tensor]) -> list[_Match]:
+    if len(target) != len(source):
+        raise MismatchError(
+            f"the target has {len(target)} tensors, of shapes {listed(map(_shape, target))}; the source has "
+            f"{len(source)}, of shapes {listed(map(_shape, source))}. Nothing was written"
+        )
+    return [_match(f"tensor {i}", one, other) for i, (one, other) in enumerate(zip(target, source, strict=True))]
+
+
+def _match(name: str, target: Any, source: Any) -> _Match:
+    for tensor, whose in ((target, "target"), (source, "source")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name!r} of the {whose} is a {type(tensor).__name__}, not a tensor")
+    return _Match(name, target, source, target.is_floating_point() or target.is_complex())
+
+
+def _shape(tensor: object) -> object:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+
+
+def _check_same_kind(match: _Match) -> None:
+    target, source = match.target, match.source
+    if source.shape != target.shape:
+        difference = f"the shape {tuple(source.shape)} in the source and {tuple(target.shape)} in the target"
+    elif _kind(source.dtype) != _kind(target.dtype):
+        difference = f"the dtype {source.dtype} in the source and {target.dtype} in the target"
+    elif match.averaged and not {source.dtype, target.dtype} <= AVERAGEABLE:
+        difference = f"the dtypes {source.dtype} and {target.dtype}, which cannot be averaged"
+    else:
+        return
+    raise MismatchError(f"{match.name!r} has {difference}. Nothing was written")
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype.is_complex:
+        return "complex"
+    return "floating" if dtype.is_floating_point else str(dtype)
+
+
+def _each_once(matches: list[_Match]) -> list[_Match]:
+    """Leaves a tied tensor out where it comes again; it must be tied in the source as well."""
+    first: dict[object, _Match] = {}
+    for match in matches:
+        known = first.setdefault(_identity(match.target), match)
+        if _identity(known.source) != _identity(match.source):
+            raise MismatchError(
+                f"{known.name!r} and {match.name!r} are one tensor in the target and two in the source. Nothing was "
+                "written"
+            )
+    return list(first.values())
+
+
+def _identity(tensor: Tensor) -> object:
+    """Equal for two tensors exactly when they are one: the same memory, seen in the same way."""
+    if not _is_plain(tensor) or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def _check_apart(matches: list[_Match]) -> None:
+    """Raises where memory of the target is also another tensor's, of the source or of the target itself."""
+    spans = sorted(
+        (*_span(tensor), name, is_target)
+        for match in matches
+        for tensor, name, is_target in (
+            (match.target, f"{match.name!r} of the target", True),
+            (match.source, f"{match.name!r} of the source", False),
+        )
+        if _is_plain(tensor) and tensor.numel() > 0
+    )
+    # What reaches furthest so far: among all tensors, and among those that are written.
+    reach: dict[bool, tuple[str, int, str]] = {}
+    for device, start, end, name, is_target in spans:
+        # Two tensors of the source may be tied; what is written must meet no other tensor.
+        furthest = reach.get(not is_target)
+        if furthest is not None and furthest[0] == device and start < furthest[1]:
+            raise MismatchError(
+                f"{furthest[2]} and {name} share memory: the target must have tensors of its own, as copy.deepcopy "
+                "makes them. Nothing was written"
+            )
+        for written_only in (False, True) if is_target else (False,):
+            pass
+        reach = _reached(reach, device, end, name, is_target)
+
+
+def _reached(
+    reach: dict[bool, tuple[str, int, str]], device: str, end: int, name: str, is_target: bool
+) -> dict[bool, tuple[str, int, str]]:
+    return reach
+
+
+def _span(tensor: Tensor) -> tuple[str, int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (reach + 1) * tensor.element_size()
