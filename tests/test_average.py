@@ -150,7 +150,13 @@ class TestTime:
             ({"profile": {}}, "at least one profile is needed"),
             ({"profile": {"": polyak.Uniform()}}, "'' is not a name for an average"),
             ({"dtype": torch.bfloat16}, "an average in 16 bits does not move.* 19.5 to 39.1 times its value"),
-            ({"dtype": torch.int64}, "averages are kept in torch.float32 or torch.float64"),
+            ({"dtype": torch.int64}, r"floating-point tensors cannot be cast to torch.int64"),
+            ({"dtype": torch.float8_e5m2}, r"averages are kept in torch.float32 or torch.float64"),
+            ({"dtype": "float32"}, r"dtype='float32': a torch.dtype is needed"),
+            ({"start": "x"}, r"start='x': a number is needed"),
+            ({"rules": ["*.bias"]}, r"rules: a dictionary of actions is needed"),
+            ({"device": "meta"}, r"device='meta': an average has values"),
+            ({"nonfinite": "ignore"}, r"nonfinite='ignore': it is one of 'raise', 'skip', 'propagate'"),
         ],
     )
     def test_impossible_options(self, options, message):

@@ -34,7 +34,7 @@ def test_export_in_another_dtype(tmp_path):
     loaded = load_file(tmp_path / "ema.safetensors")
     assert loaded["1.num_batches_tracked"].dtype == torch.int64
     assert zoo.bit_equal({"0.weight": loaded["0.weight"]}, {"0.weight": average.weights()["0.weight"].bfloat16()})
-    with pytest.raises(ValueError, match=r"floating-point tensors cannot be exported as torch.int8"):
+    with pytest.raises(ValueError, match=r"floating-point tensors cannot be cast to torch.int8"):
         average.export(tmp_path / "other.safetensors", dtype=torch.int8)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import polyak
 
 # Each room imports from those before it. Whatever is not named here stands at the end, and nobody imports it.
-ROOMS = """errors names profiles kernels entries source store checkpoints clock attach modules core swapping state
-report view average"""
+ROOMS = """errors names profiles kernels entries source store checkpoints adapters clock attach modules core swapping
+state report view average batchnorm targets"""
 HOUSE = [*ROOMS.split(), "model_ema", "__init__"]
 SOURCE = Path(polyak.__file__).parent
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from polyak.attach import Attachment
 from polyak.clock import Clock
 from polyak.core import Core, NonFinite
-from polyak.entries import Rules
+from polyak.entries import Rules, extra_states
 from polyak.errors import StateError, listed
 from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
@@ -91,7 +91,7 @@ class WeightAverage:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
         profiles = _named_profiles(profile)
-        clock = Clock(every=every, start=float(start))
+        clock = Clock(every=every, start=float(start) if type(start) is int else start)
         source = Source(model, rules or {}, any_device=device is not None)
         store = LocalStore(
             source.entries, profiles, dtype=dtype, device=None if device is None else torch.device(device)
@@ -195,6 +195,7 @@ class WeightAverage:
         core.verify()
         core.store.submit(Step(dict.fromkeys(core.profiles, math.inf), 0))
         core.clock = Clock(every=core.clock.every, start=core.clock.start)
+        core.begin()
 
     def adapt(self) -> None:
         """Follows a model whose tensors were added, removed or reshaped on purpose.
@@ -212,6 +213,7 @@ class WeightAverage:
             )
         core.source = core.source.again()
         core.store = core.store.again(core.source.entries)
+        core.begin()
 
     # What can be done with one average. With several, `average[name]` does the same.
 
@@ -239,7 +241,7 @@ class WeightAverage:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
         core = self._core
         core.verify()
-        return by_every_name(core.source.entries, core.store.raw())
+        return by_every_name(core.source.entries, core.store.raw()) | extra_states(core.source.model)
 
     def write_back(self) -> None:
         """Writes the average into the source for good; training goes on from it. See `AverageView.write_back`."""
@@ -288,14 +290,17 @@ class WeightAverage:
         self._core.check_live()
         load_state(self._core, state)
 
-    def report(self) -> Report:
+    def report(self, *, total: float | None = None) -> Report:
         """What was done so far, and what is done to which tensor; print it.
+
+        Args:
+            total: the planned length of the run, in units of the time axis; warns where an average is longer.
 
         Raises:
             MismatchError: the model's tensors are not those that the average was made for.
         """
         self._core.verify()
-        return make_report(self._core)
+        return make_report(self._core, total=total)
 
     def __repr__(self) -> str:
         profiles = ", ".join(f"{name!r}: {profile!r}" for name, profile in self._core.profiles.items())

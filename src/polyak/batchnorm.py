@@ -106,19 +106,15 @@ class _Layer:
     the layer itself computes them.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         if nn.parameter.is_lazy(module.running_mean):
             raise StateError(f"a {type(module).__name__} is not initialised yet; run a forward pass first")
-        self.module: Any = module
-        self._momentum: float | None = self.module.momentum
+        self.module = module
+        self._momentum: float | None = module.momentum
         self._saved = {name: tensor.clone() for name, tensor in self._buffers().items()}
         # The sums of size * mean, size * variance and size. Not all devices have float64, as Apple's has not.
-        device = self.module.running_mean.device
-        self.sums = torch.zeros(
-            (3, self.module.running_mean.numel()),
-            dtype=torch.float64,
-            device="cpu" if device.type == "mps" else device,
-        )
+        device = "cpu" if module.running_mean.device.type == "mps" else module.running_mean.device
+        self.sums = torch.zeros((3, module.running_mean.numel()), dtype=torch.float64, device=device)
         self._handle: RemovableHandle | None = None
 
     def _buffers(self) -> dict[str, Tensor]:
@@ -237,8 +233,8 @@ def _sum_over_ranks(layers: list[_Layer], num_batches: int) -> int:
     device = layers[0].sums.device
     count = torch.tensor([num_batches], dtype=torch.float64, device=device)
     flat = torch.cat([count, *[layer.sums.flatten().to(device) for layer in layers]])
-    distributed.all_reduce(flat)
-    count, *parts = flat.split([1, *[layer.sums.numel() for layer in layers]])
+    distributed.all_reduce(flat)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half untyped
+    count, *parts = torch.split(flat, [1, *[layer.sums.numel() for layer in layers]])
     for layer, part in zip(layers, parts, strict=True):
         layer.sums.copy_(part.view_as(layer.sums))
     return int(count)

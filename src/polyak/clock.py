@@ -35,6 +35,8 @@ class Clock:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise ValueError(f"every={self.every!r}: an update is made every 1, 2, 3, ... calls")
+        if isinstance(self.start, bool) or not isinstance(self.start, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"start={self.start!r}: a number is needed, in units of the time axis")
         if not 0 <= self.start < math.inf:
             raise ValueError(f"start={self.start!r}: the start is a finite time, 0 or later, in units of the time axis")
 
@@ -51,7 +53,7 @@ class Clock:
                 "update() and update(at=...) cannot be mixed: this average counts "
                 f"{'its calls' if self.axis == 'calls' else 'the time that it is given'} since the first update"
             )
-        time = self.time + 1.0 if at is None else float(at)
+        time = self.time + 1.0 if at is None else _number(at)
         if not self.time < time < math.inf:
             raise ValueError(
                 f"update(at={at!r}): time must advance, and was {self.time:g} before; give the time after the "
@@ -89,3 +91,12 @@ class Clock:
             "num_calls": self.num_calls,
             "num_updates": self.num_updates,
         }
+
+
+def _number(at: object) -> float:
+    try:
+        if isinstance(at, (bool, str, bytes)):
+            raise TypeError
+        return float(at)  # pyright: ignore[reportArgumentType]  # numbers of NumPy and tensors of one element, too
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"update(at={at!r}): a finite number is needed") from error

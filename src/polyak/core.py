@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from polyak.attach import Attachment
 from polyak.clock import Clock
 from polyak.errors import StateError, listed, outside
+from polyak.kernels import checksums
 from polyak.profiles import Profile
 from polyak.source import Source, Watch
 from polyak.store import LocalStore, Step
@@ -36,6 +37,8 @@ class Core:
         nonfinite: what to do with a source that holds a NaN or an infinity.
         num_skipped: how many updates were refused for that.
         attachment: what calls the updates, where somebody attached an optimizer.
+        first_sums: the sum of each averaged entry's bits in the source, when the average was made, loaded or reset.
+        first_average_sums: the same of the averages, by profile.
     """
 
     profiles: dict[str, Profile]
@@ -51,6 +54,27 @@ class Core:
     nonfinite: NonFinite = "propagate"
     num_skipped: int = 0
     attachment: Attachment | None = None
+    first_sums: dict[str, int] = field(default_factory=dict[str, int])
+    first_average_sums: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+
+    def __post_init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Notes what source and averages are now, to tell later what never moved."""
+        raw = self.store.raw()
+        for profile, averages in self.store.averages.items():
+            self.first_sums = dict(zip(averages, checksums([raw[name] for name in averages]), strict=True))
+            self.first_average_sums[profile] = dict(zip(averages, checksums(list(averages.values())), strict=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.swapped is not None:
+            raise StateError("an average cannot be pickled or copied inside of swapped(): leave the swap first")
+        # A copy has no live modules and attached optimizers until it gets its own.
+        return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, attachment=None, live=weakref.WeakKeyDictionary[nn.Module, Watch]())
 
     def warn_if_never_updated(self, what: str) -> None:
         """Warns, once, where an average is used that no update has reached yet."""

@@ -108,13 +108,10 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        if "_orig_mod" in model._modules:
-            inner = model._modules["_orig_mod"]
-        elif _wraps(model):
-            inner = model._modules["module"]
-        else:
+        segment = next((name for name in model._modules if name in WRAPPER_SEGMENTS), "module" if _wraps(model) else "")
+        inner = model._modules.get(segment)
+        if inner is None:
             return model
-        assert inner is not None
         model = inner
 
 
@@ -137,6 +134,15 @@ def _passes_on(forward: Callable[..., Any]) -> bool:
 def walk(model: nn.Module) -> Iterator[Site]:
     """Every place of the bare model that holds a tensor, in the order of `state_dict()`."""
     yield from _walk(unwrap(model), ())
+
+
+def extra_states(model: nn.Module) -> dict[str, Any]:
+    """What modules add to the bare model's `state_dict` by `get_extra_state`, by its name there."""
+    found: dict[str, Any] = {}
+    for name, module in cast("Iterator[tuple[str, nn.Module]]", unwrap(model).named_modules(remove_duplicate=False)):
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            found[join([*name.split("."), "_extra_state"]).removeprefix(".")] = module.get_extra_state()
+    return found
 
 
 def _walk(module: nn.Module, path: tuple[str, ...]) -> Iterator[Site]:

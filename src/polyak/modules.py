@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from polyak.entries import Entry
+from polyak.entries import Entry, walk
 from polyak.errors import StateError
+from polyak.kernels import is_plain
 
 
 def build_module(
@@ -34,35 +36,49 @@ def build_module(
         StateError: something in the model cannot be copied, or would go on reading the source's weights.
     """
     entries = list(entries)
-    memo: dict[int, Any] = {id(owner): None for owner in owners}
-    sources: list[Tensor] = []
-    for entry in entries:
-        if entry.name in tensors:
-            sources += [site.tensor for site in entry.sites]
-        replacement = tensors.get(entry.name, entry.tensor.detach())
-        for is_parameter in (True, False):
-            made = nn.Parameter(replacement, requires_grad=False) if is_parameter else replacement
-            memo.update({id(site.tensor): made for site in entry.sites if site.is_parameter == is_parameter})
-    addresses = {tensor.untyped_storage().data_ptr(): entry.name for entry, tensor in _owned(entries, tensors)}
-    for name, tensor in _cached_tensors(model):
-        address = tensor.untyped_storage().data_ptr()
-        if tensor.numel() and address in addresses:
-            raise _cannot_copy(model, f"{name} is a view of {addresses[address]!r}")
-        stale = tensor.detach().clone()
-        memo[id(tensor)] = stale.fill_(float("nan")) if stale.is_floating_point() else stale
+    made = _replacements(entries, tensors)
+    memo: dict[int, Any] = {id(owner): None for owner in owners} | made
+    addresses = {entry.tensor.untyped_storage().data_ptr(): entry.name for entry in _averaged(entries, tensors)}
     try:
-        made_module = copy.deepcopy(model, memo)
+        for name, tensor in _loose_tensors(model, set(made)):
+            if tensor.numel() and is_plain(tensor) and tensor.untyped_storage().data_ptr() in addresses:
+                raise _cannot_copy(model, f"{name} is a view of {addresses[tensor.untyped_storage().data_ptr()]!r}")
+            if not tensor.is_leaf:
+                stale = tensor.detach().clone()
+                memo[id(tensor)] = stale.fill_(float("nan")) if stale.is_floating_point() else stale
+        module = copy.deepcopy(model, memo)
+        originals = {id(part) for part in model.modules()}
+        originals |= {id(site.tensor) for entry in _averaged(entries, tensors) for site in entry.sites}
+        leak = next(_find(module, originals), None)
+    except StateError:
+        raise
     except Exception as error:
         raise _cannot_copy(model, f"{type(error).__name__}: {error}") from error
-    originals = {id(module) for module in model.modules()} | {id(tensor) for tensor in sources}
-    leak = next(_find(made_module, originals), None)
     if leak is not None:
         raise _cannot_copy(model, f"{leak} would go on reading the weights that are being trained")
-    return made_module.eval().requires_grad_(False)
+    _check_made(model, module, {id(tensor) for tensor in made.values()})
+    return module.eval().requires_grad_(False)
 
 
-def _owned(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> list[tuple[Entry, Tensor]]:
-    return [(entry, entry.tensor) for entry in entries if entry.name in tensors]
+def _replacements(entries: list[Entry], tensors: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """By the identity of each tensor of the source, what stands for it in the copy."""
+    made: dict[int, Tensor] = {}
+    for entry in entries:
+        replacement = tensors.get(entry.name, entry.tensor.detach())
+        parameter = nn.Parameter(replacement, requires_grad=False) if entry.is_parameter else replacement
+        made.update({id(site.tensor): parameter if site.is_parameter else replacement for site in entry.sites})
+    return made
+
+
+def _averaged(entries: list[Entry], tensors: Mapping[str, Tensor]) -> list[Entry]:
+    return [entry for entry in entries if entry.name in tensors]
+
+
+def _check_made(model: nn.Module, module: nn.Module, made: set[int]) -> None:
+    """Raises where a module made its copy in its own way, and did not take the tensors that it was to take."""
+    for site in walk(module):
+        if id(site.tensor) not in made:
+            raise _cannot_copy(model, f"{site.name!r} is copied in a way of its own (by a __deepcopy__, say)")
 
 
 def _cannot_copy(model: nn.Module, why: str) -> StateError:
@@ -71,13 +87,13 @@ def _cannot_copy(model: nn.Module, why: str) -> StateError:
     )
 
 
-def _cached_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors with a graph that modules hold outside of their parameters and buffers; deepcopy refuses these."""
+def _loose_tensors(model: nn.Module, registered: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that modules hold outside of their parameters and buffers."""
     for name, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         for key, value in vars(module).items():
             if key not in ("_parameters", "_buffers", "_modules"):
                 for _, item in [("", value), *_inside(value)]:
-                    if isinstance(item, Tensor) and not item.is_leaf:
+                    if isinstance(item, Tensor) and id(item) not in registered:
                         yield f"{name}.{key}".lstrip("."), item
 
 
@@ -97,14 +113,20 @@ def _find(root: object, originals: set[int]) -> Iterator[str]:
 
 def _inside(value: object) -> Iterator[tuple[str, object]]:
     """What an object holds, with the step of a path that leads there."""
-    if isinstance(value, nn.Module):
-        yield from ((f".{key}", item) for key, item in vars(value).items())
-    elif isinstance(value, dict):
+    if isinstance(value, (type, types.ModuleType, Tensor)):
+        return
+    whole: object = value
+    if isinstance(value, dict):
         yield from ((f"[{key!r}]", item) for key, item in cast("dict[object, object]", value).items())
     elif isinstance(value, (list, tuple, set, frozenset)):
         yield from ((f"[{position}]", item) for position, item in enumerate(cast("Iterable[object]", value)))
     elif isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
+    elif isinstance(value, weakref.ref):
+        # Recurrent layers keep such references to their own tensors, and do not read them.
+        target = cast("object", value())
+        if not isinstance(target, Tensor):
+            yield "()", target
     elif isinstance(value, functools.partial):
         partial = cast("functools.partial[object]", value)
         yield from ((".func", partial.func), (".args", partial.args), (".keywords", partial.keywords))
@@ -112,6 +134,17 @@ def _inside(value: object) -> Iterator[tuple[str, object]]:
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         yield from ((f" (closure over {name})", cell.cell_contents) for name, cell in cells if not _is_empty(cell))
         yield from ((" (default)", item) for item in (value.__defaults__, value.__kwdefaults__))
+    # Modules, objects of any class, and what functools wraps around a function.
+    yield from ((f".{key}", item) for key, item in getattr(whole, "__dict__", {}).items())
+    yield from ((f".{slot}", getattr(whole, slot)) for slot in _slots(type(whole)) if hasattr(whole, slot))
+
+
+def _slots(kind: type) -> list[str]:
+    found: list[str] = []
+    for base in kind.__mro__:
+        slots: str | Iterable[str] = vars(base).get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else list(slots)
+    return [slot for slot in found if slot not in ("__dict__", "__weakref__") and not slot.startswith("__")]
 
 
 def _is_empty(cell: types.CellType) -> bool:

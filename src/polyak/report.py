@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from polyak.core import Core
 from polyak.entries import Action
+from polyak.errors import listed, outside
+from polyak.kernels import checksums, parts_of
+from polyak.profiles import Profile
 
 
 @dataclass(frozen=True)
@@ -19,16 +25,20 @@ class AverageReport:
     Attributes:
         name: of the average.
         profile: how past weights count, as text.
+        decay: what the average keeps of itself in one unit of time, at present.
         mean_age: of the weights in it, in units of the time axis.
         initial_weight: how much of it is still the weights from before the first update.
         distance: norm(average - source) / norm(source) over all averaged entries.
+        distances: the same for each part of the model, by its name.
     """
 
     name: str
     profile: str
+    decay: float
     mean_age: float
     initial_weight: float
     distance: float
+    distances: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class EntryReport:
         source_dtype: of the tensor in the model.
         dtype: of the tensor in the store, None where it is not there.
         num_bytes: that it takes in the store, over all averages.
+        stuck: averaged, and the same since the average was made or loaded, although its source moved.
     """
 
     name: str
@@ -54,6 +65,7 @@ class EntryReport:
     source_dtype: torch.dtype
     dtype: torch.dtype | None
     num_bytes: int
+    stuck: bool
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Report:
 
     num_calls: int
     num_updates: int
+    num_skipped: int
     time: float
     averages: tuple[AverageReport, ...]
     entries: tuple[EntryReport, ...]
@@ -71,13 +84,24 @@ class Report:
         """What the store takes."""
         return sum(entry.num_bytes for entry in self.entries)
 
+    @property
+    def stuck(self) -> tuple[str, ...]:
+        """The names of averaged entries that never moved, although their source did."""
+        return tuple(entry.name for entry in self.entries if entry.stuck)
+
     def __str__(self) -> str:
-        head = f"{self.num_updates} updates in {self.num_calls} calls, time {self.time:g}, {self.num_bytes:,} bytes"
-        averages = [("average", "profile", "mean age", "initial weights", "distance to source")]
+        skipped = f" ({self.num_skipped} skipped: not finite)" if self.num_skipped else ""
+        head = f"{self.num_updates} updates{skipped} in {self.num_calls} calls, time {self.time:g}, "
+        head += f"{self.num_bytes:,} bytes"
+        if self.stuck:
+            head += f"\nnever moved, although the model did: {listed(self.stuck)}"
+        averages = [("average", "profile", "decay", "mean age", "initial weights", "distance to source")]
         averages += [
-            (a.name, a.profile, f"{a.mean_age:.4g}", f"{a.initial_weight:.3g}", f"{a.distance:.3g}")
+            (a.name, a.profile, f"{a.decay:.6g}", f"{a.mean_age:.4g}", f"{a.initial_weight:.3g}", f"{a.distance:.3g}")
             for a in self.averages
         ]
+        parts = [("distance of part", *(a.name for a in self.averages))]
+        parts += [(part, *(f"{a.distances[part]:.3g}" for a in self.averages)) for part in self.averages[0].distances]
         entries = [("entry", "action", "because", "shape", "dtype", "bytes")]
         entries += [
             (
@@ -90,26 +114,34 @@ class Report:
             )
             for e in self.entries
         ]
-        return "\n\n".join([head, _table(averages), _table(entries)])
+        return "\n\n".join([head, _table(averages), _table(parts), _table(entries)])
 
 
-def make_report(core: Core) -> Report:
-    """Looks at a `WeightAverage`."""
+def make_report(core: Core, *, total: float | None = None) -> Report:
+    """Looks at a `WeightAverage`; `total` is the length of the run, for a warning where an average is longer."""
     clock, store = core.clock, core.store
+    if total is not None:
+        _warn_of_length(core.profiles, total)
     raw = store.raw()
     averages: list[AverageReport] = []
     for name, profile in core.profiles.items():
         tensors = store.tensors(name)
-        averaged = [(tensors[key], raw[key]) for key in store.averages[name]]
+        parts: dict[str, list[tuple[float, float]]] = {}
+        for key in store.averages[name]:
+            parts.setdefault(key.partition(".")[0], []).append(_squares(tensors[key], raw[key]))
+        now = clock.profile_time
         averages.append(
             AverageReport(
                 name,
                 repr(profile),
-                profile.mean_age(clock.profile_time),
-                profile.initial_weight(clock.profile_time),
-                _distance(averaged),
+                math.exp(-profile.growth(now - 1, now)) if now >= 1 else 0.0,
+                profile.mean_age(now),
+                profile.initial_weight(now),
+                _relative(list(chain.from_iterable(parts.values()))),
+                {part: _relative(squares) for part, squares in parts.items()},
             )
         )
+    stuck = _find_stuck(core)
     entries: list[EntryReport] = []
     for entry in core.source.entries:
         kept = [a[entry.name] for a in store.averages.values() if entry.name in a]
@@ -124,19 +156,56 @@ def make_report(core: Core) -> Report:
                 entry.tensor.dtype,
                 kept[0].dtype if kept else None,
                 sum(tensor.numel() * tensor.element_size() for tensor in kept),
+                entry.name in stuck,
             )
         )
-    return Report(clock.num_calls, clock.num_updates, clock.time, tuple(averages), tuple(entries))
+    return Report(clock.num_calls, clock.num_updates, core.num_skipped, clock.time, tuple(averages), tuple(entries))
 
 
-def _distance(pairs: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _warn_of_length(profiles: Mapping[str, Profile], total: float) -> None:
+    for name, profile in profiles.items():
+        left = profile.initial_weight(total)
+        # What is left of the initial weights after one mean age of an exponential average.
+        if left >= math.exp(-1):
+            warnings.warn(
+                f"average {name!r}, {profile!r}, is longer than the run of {total:g}: {100 * left:.0f} % of it will "
+                "still be the weights from before the first update. Take a shorter one, debias=True, or Power()",
+                stacklevel=outside(),
+            )
+
+
+def _find_stuck(core: Core) -> set[str]:
+    """Averaged entries that are bit for bit what they were at first, in every average, although their source is not."""
+    if core.clock.num_updates == 0:
+        return set()
+    raw = core.store.raw()
+    names = list(core.store.averages[next(iter(core.profiles))])
+    moved = {n for n, s in zip(names, checksums([raw[name] for name in names]), strict=True) if s != core.first_sums[n]}
+    for profile in core.profiles:
+        tensors = core.store.tensors(profile)
+        rest = [name for name in names if name in moved]
+        sums = checksums([tensors[name] for name in rest])
+        moved -= {
+            name for name, total in zip(rest, sums, strict=True) if total != core.first_average_sums[profile][name]
+        }
+    return moved
+
+
+def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:
+    """The squared norms of average - source and of source, in float64."""
+    wide = torch.complex128 if average.is_complex() else torch.float64
     apart = size = 0.0
-    for average, source in pairs:
-        wide = torch.complex128 if average.is_complex() else torch.float64
-        reference = source.to(average.device, wide)
-        apart += float((average.to(wide) - reference).abs().square().sum())
+    # A few millions of numbers at a time: whole tensors in float64 would take more memory than the averages.
+    for few, its_source in zip(parts_of(average), parts_of(source), strict=True):
+        reference = its_source.to(few.device, wide)
+        apart += float((few.to(wide) - reference).abs().square().sum())
         size += float(reference.abs().square().sum())
-    return (apart / size) ** 0.5 if size else float(apart > 0)
+    return apart, size
+
+
+def _relative(squares: Sequence[tuple[float, float]]) -> float:
+    apart, size = (sum(column) for column in zip(*squares, strict=True))
+    return math.sqrt(apart / size) if size else float(apart > 0)
 
 
 def _dtypes(entry: EntryReport) -> str:

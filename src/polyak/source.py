@@ -68,11 +68,11 @@ class Source:
         any_dtype: bool = False,
     ) -> None:
         self.model = model
-        self._rules = dict(rules)
         self._include_frozen = include_frozen
         self._any_device = any_device
         self._any_dtype = any_dtype
         self._adopt(resolve(model, rules, include_frozen=include_frozen))
+        self._rules = dict(rules)
         self.frozen_sums = dict(zip(self._frozen, checksums(list(self._frozen.values())), strict=True))
 
     def _adopt(self, entries: list[Entry]) -> None:

@@ -94,6 +94,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         copy_(targets, sources)
     core.store.pending = pending
     core.clock = clock
+    core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
     core.source.frozen_sums.update({name: frozen[name] for name in core.source.frozen_sums if name in frozen})
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
 from polyak.checkpoints import write_safetensors
 from polyak.core import Core
-from polyak.entries import Entry, unwrap
-from polyak.kernels import copy_
+from polyak.entries import Entry, extra_states, unwrap
+from polyak.errors import listed, outside
+from polyak.kernels import check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.source import Watch, match_sites
@@ -83,11 +87,12 @@ class AverageView:
         """The average as a dictionary that loads strictly into the bare model; its tensors are copies.
 
         Each name of a tied tensor has the same tensor. Entries that are not averaged are there as they are in the
-        source, non-persistent buffers are not.
+        source, and so is what modules give by `get_extra_state`; non-persistent buffers are not.
         """
         core = self._core
         core.verify()
-        return by_every_name(core.source.entries, core.store.tensors(self.name))
+        tensors = by_every_name(core.source.entries, core.store.tensors(self.name))
+        return tensors | extra_states(core.source.model)
 
     def write_back(self) -> None:
         """Writes the average into the source for good; training goes on from it, and the average is kept.
@@ -133,6 +138,8 @@ class AverageView:
             StateError: the model cannot be copied, or its copy would read the trained weights; `swapped` always works.
         """
         core = self._core
+        if dtype is not None:
+            check_floating_point(dtype)
         core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
@@ -160,36 +167,50 @@ class AverageView:
         return module
 
     def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes `weights()` to a safetensors file for others to load.
+        """Writes the average to a safetensors file for others to load, whole or not at all.
+
+        The file has the names of `weights()`. Of a model with peft adapters only the active adapter is written, in
+        peft's own form; where `path` is a directory, it is one that `PeftModel.from_pretrained` loads.
 
         Args:
-            path: the file; it is written whole or not at all.
+            path: the file; or the directory of an adapter, which must exist.
             dtype: of its floating-point tensors. Default: the average's.
 
         Raises:
             OSError: the file cannot be written; one that was there is as it was.
+            StateError: a frozen parameter has changed.
         """
-        self._core.verify_values()
-        self._core.warn_if_never_updated("exported")
-        weights = self.weights()
+        core = self._core
         if dtype is not None:
-            if not dtype.is_floating_point:
-                raise ValueError(f"dtype={dtype}: floating-point tensors cannot be exported as {dtype}")
-            weights = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
-        clock = self._core.clock
+            check_floating_point(dtype)
+        core.verify_values()
+        core.warn_if_never_updated("exported")
+        bare = core.source.bare
+        tensors = by_every_name(core.source.entries, core.store.tensors(self.name), clone=False)
+        left_out = extra_states(bare)
+        if left_out:
+            warnings.warn(f"left out of the file, which holds tensors only: {listed(left_out)}", stacklevel=outside())
+        target = Path(path)
+        if is_adapted(bare):
+            tensors = adapter_weights(bare, tensors)
+            if target.is_dir():
+                write_adapter_config(bare, target)
+                target = target / ADAPTER_FILE
+        if dtype is not None:
+            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         metadata = {
             "profile": json.dumps(self.profile.describe()),
-            "time": repr(clock.time),
-            "num_updates": str(clock.num_updates),
+            "time": repr(core.clock.time),
+            "num_updates": str(core.clock.num_updates),
         }
-        write_safetensors(path, weights, metadata=metadata)
+        write_safetensors(target, tensors, metadata=metadata)
 
 
-def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors under each name that the bare model's `state_dict` has for them; others are the source's."""
-    copies: dict[str, Tensor] = {}
+def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor], *, clone: bool = True) -> dict[str, Tensor]:
+    """Tensors under each name that the bare model's `state_dict` has for them; those not given are the source's."""
+    found: dict[str, Tensor] = {}
     for entry in entries:
         if entry.persistent_names:
-            copy = tensors.get(entry.name, entry.tensor).detach().clone()
-            copies.update(dict.fromkeys(entry.persistent_names, copy))
-    return copies
+            tensor = tensors.get(entry.name, entry.tensor).detach()
+            found.update(dict.fromkeys(entry.persistent_names, tensor.clone() if clone else tensor))
+    return found

@@ -8,7 +8,10 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from torch import Tensor
+
+from polyak.errors import listed
 
 
 def write_safetensors(
@@ -28,6 +31,9 @@ def write_safetensors(
         # The format has no shared tensors; whoever loads the file ties them again.
         separate[name] = tensor.contiguous().clone() if id(tensor) in seen else tensor.contiguous()
         seen.add(id(tensor))
+    unknown = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
+    if unknown:
+        raise ValueError(f"the safetensors format has no complex128, the dtype of {listed(unknown)}; use state_dict()")
     with replacing(path) as temporary:
         save_file(separate, temporary, metadata={"format": "pt", **metadata})
 

@@ -14,7 +14,9 @@ from .memory import is_plain as is_plain
 from .memory import overlaps_itself as overlaps_itself
 from .memory import share_memory as share_memory
 from .memory import span as span
+from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
 from .plan import Row as Row
 from .precision import average_dtype as average_dtype
 from .precision import check_average_dtype as check_average_dtype
+from .precision import check_floating_point as check_floating_point

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polyak.kernels.pieces import parts_of
+
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -20,8 +22,12 @@ def checksums(tensors: Sequence[Tensor]) -> list[int]:
     if not tensors:
         return []
     device = tensors[0].device
-    sums = torch.stack([_bits(tensor.detach()).sum(dtype=torch.int64).to(device) for tensor in tensors])
-    return [int(total) for total in sums.cpu()]
+    return [int(total) for total in torch.stack([_checksum(tensor.detach()).to(device) for tensor in tensors]).cpu()]
+
+
+def _checksum(tensor: Tensor) -> Tensor:
+    # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken part by part.
+    return torch.stack([_bits(part).sum(dtype=torch.int64) for part in parts_of(tensor)]).sum()
 
 
 def _bits(tensor: Tensor) -> Tensor:

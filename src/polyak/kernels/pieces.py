@@ -15,6 +15,7 @@ from torch import Tensor
 # Elements of scratch: 1 Mi floats stay in the last-level cache of a CPU; a GPU wants fewer, larger launches.
 _CPU_ELEMENTS = 1 << 18
 _GPU_ELEMENTS = 1 << 24
+_PART_ELEMENTS = 1 << 20
 
 
 @dataclass
@@ -74,6 +75,28 @@ def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
         middle = first.shape[dim] // 2
         yield from _split(tuple(tensor.narrow(dim, 0, middle) for tensor in row), limit)
         yield from _split(tuple(tensor.narrow(dim, middle, first.shape[dim] - middle) for tensor in row), limit)
+
+
+def parts_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor in parts of a bounded number of elements, for what needs a temporary of another dtype.
+
+    Two tensors of one shape are cut alike.
+
+    Example:
+        >>> [tuple(part.shape) for part in parts_of(torch.empty(3, 1 << 20))]
+        [(1, 1048576), (1, 1048576), (1, 1048576)]
+    """
+    if tensor.dim() == 0 or tensor.numel() <= _PART_ELEMENTS:
+        yield tensor
+        return
+    row_elements = tensor.numel() // tensor.shape[0]
+    if row_elements > _PART_ELEMENTS:
+        for row in tensor.unbind(0):
+            yield from parts_of(row)
+    else:
+        rows = _PART_ELEMENTS // row_elements
+        for start in range(0, tensor.shape[0], rows):
+            yield tensor[start : start + rows]
 
 
 def _same_dense_layout(one: Tensor, other: Tensor) -> bool:

@@ -17,6 +17,14 @@ def average_dtype(source: torch.dtype) -> torch.dtype:
     return torch.float32 if source in _HALF else source
 
 
+def check_floating_point(dtype: torch.dtype) -> None:
+    """Raises TypeError for what is no dtype, ValueError for one that is not floating-point."""
+    if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass strings
+        raise TypeError(f"dtype={dtype!r}: a torch.dtype is needed, such as torch.float32")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype}: floating-point tensors cannot be cast to {dtype}")
+
+
 def check_average_dtype(dtype: torch.dtype) -> None:
     """Raises ValueError where averages of this dtype would freeze, or are none.
 
@@ -24,6 +32,7 @@ def check_average_dtype(dtype: torch.dtype) -> None:
     average in 16 bits stands still unless its source is far away. With `u = eps / 4` to `eps / 2`, the relative
     distance that it ignores at a weight of 1e-4 (decay 0.9999) is `u / weight`.
     """
+    check_floating_point(dtype)
     if dtype in _HALF:
         eps = torch.finfo(dtype).eps
         raise ValueError(
@@ -31,5 +40,5 @@ def check_average_dtype(dtype: torch.dtype) -> None:
             f"every change below {eps / 4 / 1e-4:.3g} to {eps / 2 / 1e-4:.3g} times its value; "
             "use torch.float32, and give dtype= to export() for a small file"
         )
-    if not dtype.is_floating_point or dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype}: averages are kept in torch.float32 or torch.float64")

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from .base import Profile
@@ -53,8 +54,12 @@ class Schedule(Profile):
         defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
         for argument, value in arguments.items():
             if argument.endswith("decay"):
-                check_decay(argument, value)
-            elif not isinstance(value, int | float | str | None):
+                arguments[argument] = check_decay(argument, value)
+            elif isinstance(value, Integral):
+                arguments[argument] = int(value)
+            elif isinstance(value, Real):
+                arguments[argument] = float(value)
+            elif not isinstance(value, str | None):
                 raise TypeError(
                     f"schedule {name!r}: {argument}={value!r} must be a number, a string or None, "
                     "to be saved with the average"

@@ -82,7 +82,7 @@ class Swap:
             self._changed = [name for name, a, b in zip(parameters, self._sums, sums, strict=True) if a != b]
 
     def _keep_buffers(self) -> None:
-        """Takes what was written to buffers into averages that stayed in the store; what was exchanged goes by itself."""
+        """Takes what was written to buffers into averages that stayed in the store; exchanged ones need no help."""
         for name in self._kept.keys() & self._buffers:
             source, average = self._pairs[name]
             if not torch.equal(source, average.to(source.device, source.dtype)):
