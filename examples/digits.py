@@ -234,7 +234,7 @@ def main(
     )
     console.print(results_table(trainings))
     console.print(cost(trainings))
-    console.print(export(trainings[-1], output / f"{EXPORTED}.safetensors"))
+    console.print(export(trainings[-1], output / f"{EXPORTED.replace(' ', '-')}.safetensors"))
     console.print(f"pictures: {output / 'curves.png'}, {output / 'profiles.png'}")
 
 
