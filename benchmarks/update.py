@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from benchmarks.check import check, move
 from benchmarks.contenders import CONTENDERS, Contender, Kind
 from benchmarks.shapes import Shape
 from benchmarks.timing import Spread, in_turn, spread
 
-WARM_UPS = 3
+WARM_UPS = 2
 MOST_OF_THE_PEER = 1.0
 LEAST_SPEED_UP = 3.0
 
@@ -72,6 +74,7 @@ class Measurement:
 
 def measure(shape: Shape, rounds: int | None = None, contenders: Sequence[Contender] = CONTENDERS) -> Measurement:
     rounds = rounds or shape.rounds
+    settle_allocator()
     model = shape.model()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     running = {contender: contender.build(model) for contender in contenders}
@@ -85,3 +88,12 @@ def measure(shape: Shape, rounds: int | None = None, contenders: Sequence[Conten
         for contender, each in running.items()
     ]
     return Measurement(shape, rounds, rows)
+
+
+def settle_allocator() -> None:
+    """Lets every run begin in the same state, the one that suits temporaries best.
+
+    glibc takes fresh pages for each block larger than the largest it has seen freed, up to 32 MiB; so what ran before
+    would decide how long the formulas with temporaries take, by factors.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)

@@ -221,6 +221,7 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the states in the folder.")] = False,
 ) -> None:
     """Train a small network on handwritten digits, and compare its raw weights with their averages."""
+    torch.set_num_threads(1)  # the network is too small for more to help, and any machine has one
     console = Console()
     output.mkdir(parents=True, exist_ok=True)
     trainings = train(range(seeds), epochs, output, resume, console)
@@ -234,7 +235,7 @@ def main(
     )
     console.print(results_table(trainings))
     console.print(cost(trainings))
-    console.print(export(trainings[-1], output / f"{EXPORTED}.safetensors"))
+    console.print(export(trainings[-1], output / f"{EXPORTED.replace(' ', '-')}.safetensors"))
     console.print(f"pictures: {output / 'curves.png'}, {output / 'profiles.png'}")
 
 

@@ -16,21 +16,20 @@ def plot_curves(path: Path, errors: dict[str, numpy.ndarray]) -> None:
     """Test error after every epoch; each value of `errors` is an array of shape (seeds, epochs), in percent."""
     figure, axes = new_figure()
     for (name, values), colour in zip(errors.items(), [RAW_COLOUR, *COLOURS], strict=False):
-        # A percentage of 0 has no place on a logarithmic axis: it is drawn at the lower edge.
-        values = values.clip(min=0.1)
         epochs = numpy.arange(1, values.shape[1] + 1)
+        label = f"{name}: {values[:, -1].mean():.2f} %"
+        values = values.clip(min=0.1)  # an error of 0 % has no place on a logarithmic axis
         axes.fill_between(epochs, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-        axes.plot(epochs, values.mean(axis=0), color=colour, marker="o", markersize=3, label=name)
+        axes.plot(epochs, values.mean(axis=0), color=colour, marker="o", markersize=3, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(FixedLocator([0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     num_seeds = len(next(iter(errors.values())))
     shading = f": mean of {num_seeds} seeds, shaded from the best to the worst" if num_seeds > 1 else ""
     axes.set_title(f"Test error{shading}", loc="left")
-    save(figure, axes, path)
+    save(figure, axes, path, legend_title="after the last epoch")
 
 
 def plot_profiles(path: Path, weights: dict[str, Sequence[float]], steps_per_epoch: int) -> None:
@@ -40,19 +39,17 @@ def plot_profiles(path: Path, weights: dict[str, Sequence[float]], steps_per_epo
         epochs = numpy.arange(1, len(values) + 1) / steps_per_epoch
         percent = 100 * numpy.asarray(values)
         initial = 100 - percent.sum()
-        label = f"{name} ({initial:.0f} % of it is still the initial weights)" if initial >= 0.5 else name
-        axes.fill_between(epochs, percent, color=colour, alpha=0.10, linewidth=0)
+        label = f"{name}\n({initial:.0f} % are still the initial weights)" if initial >= 0.5 else name
         axes.plot(epochs, percent, color=colour, label=label)
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.set_xlabel("epoch in which the weights were seen")
-    axes.set_title("Share of every step's weights in the final average", loc="left")
+    axes.set_xlabel("epochs trained when the weights were taken in")
+    axes.set_title("What each average is made of at the end: the share of every step's weights", loc="left")
     save(figure, axes, path)
 
 
 def new_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
@@ -60,7 +57,8 @@ def new_figure() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def save(figure: Figure, axes: Axes, path: Path) -> None:
+def save(figure: Figure, axes: Axes, path: Path, legend_title: str | None = None) -> None:
     axes.margins(x=0.01)
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure.legend(title=legend_title, alignment="left", frameon=False, loc="outside right upper")
     figure.savefig(path, dpi=150)
