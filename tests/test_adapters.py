@@ -39,6 +39,7 @@ def trained(model, num_steps=3):
     return average
 
 
+@pytest.mark.protects
 def test_only_the_adapter_is_stored(adapted):
     model, _ = adapted
     average = trained(model)
@@ -49,6 +50,7 @@ def test_only_the_adapter_is_stored(adapted):
     assert average.state_dict()["copies"].popitem()[1] == {}
 
 
+@pytest.mark.protects
 def test_the_export_loads_as_an_adapter(adapted, tmp_path):
     model, bare = adapted
     average = trained(model)

@@ -75,6 +75,7 @@ def test_no_profile_is_power_of_a_tenth():
     assert average.profiles == {"average": polyak.Power(relative_std=0.10)}
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("name", ["mlp", "tied transformer", "bfloat16", "buffers", "complex"])
 def test_constant_weights_stay_what_they_are(name):
     model = zoo.MODELS[name]()
@@ -98,6 +99,7 @@ class TestTime:
         close(average, "average", reference)
         assert average.time == 1000
 
+    @pytest.mark.protects
     def test_every_kth_call_has_the_growth_of_k(self):
         model = zoo.mlp().double()
         average = polyak.WeightAverage(model, polyak.Exponential(0.9), every=3)
@@ -110,6 +112,7 @@ class TestTime:
         close(average, "average", reference)
         assert (average.num_updates, average.time) == (3, 10)
 
+    @pytest.mark.protects
     def test_until_the_start_it_is_a_copy_and_then_time_begins(self):
         model = zoo.mlp().double()
         average = polyak.WeightAverage(model, polyak.Exponential(0.9), start=3)
@@ -165,11 +168,13 @@ class TestTime:
 
 
 class TestDtypes:
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["bfloat16", "float16"])
     def test_float32_for_16_bits(self, name):
         weights = polyak.WeightAverage(zoo.MODELS[name]()).weights()
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["mlp", "bfloat16", "float16"])
     def test_gap_is_closed_as_in_exact_arithmetic(self, name):
         model = zoo.MODELS[name]()
@@ -215,6 +220,7 @@ class TestWeights:
         average.update()
         assert zoo.bit_equal(before, kept)
 
+    @pytest.mark.protects
     def test_frozen_parameters_are_there_and_take_no_storage(self):
         model = zoo.mlp()
         model[0].requires_grad_(False)
@@ -294,6 +300,7 @@ class TestModules:
         del teacher
         average.update()
 
+    @pytest.mark.protects
     def test_a_model_that_holds_its_averager(self):
         model = zoo.mlp()
         names = list(model.state_dict())
@@ -349,6 +356,7 @@ class TestReplacedTensors:
     def new_layer(self, model):
         model[0] = copy.deepcopy(model[0])
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("how", [replace_data, assign, new_parameter, cast, new_layer])
     def test_is_followed(self, how):
         model = zoo.mlp()
@@ -361,6 +369,7 @@ class TestReplacedTensors:
         for name, tensor in average.weights().items():
             torch.testing.assert_close(tensor, expected[name])
 
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         ("change", "message"),
         [
@@ -383,6 +392,7 @@ class TestReplacedTensors:
         (state,) = average._core.store.averages.values()
         assert zoo.bit_equal(state, before)
 
+    @pytest.mark.protects
     def test_a_cut_tie(self):
         model = zoo.TiedTransformer()
         average = polyak.WeightAverage(model)
@@ -390,6 +400,7 @@ class TestReplacedTensors:
         with pytest.raises(polyak.MismatchError, match=r"'head.weight' was tied to 'embedding.weight'"):
             average.update()
 
+    @pytest.mark.protects
     def test_a_frozen_parameter_that_is_trained(self):
         model = zoo.mlp()
         model[0].requires_grad_(False)

@@ -30,6 +30,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_wrappers_leave_no_trace_in_names(wrap):
     model = zoo.batchnorm()
@@ -62,6 +63,7 @@ def test_one_storage_under_two_parameters_is_a_tie():
     assert resolve(model, {})[0].aliases == ("1.weight",)
 
 
+@pytest.mark.protects
 def test_partial_views_raise():
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(3, 2, bias=False))
     model[1].weight = nn.Parameter(model[0].weight.data[:2])
@@ -77,6 +79,7 @@ def test_neighbours_in_one_storage_are_no_tie():
 
 
 class TestDefaults:
+    @pytest.mark.protects
     def test_buffers(self):
         assert actions(zoo.Buffers()) == {
             "weight": "average",
@@ -92,6 +95,7 @@ class TestDefaults:
         model[0].requires_grad_(False)
         assert actions(model) == {"0.weight": "skip", "0.bias": "skip", "2.weight": "average", "2.bias": "average"}
 
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         "normalise", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm], ids=["old", "new"]
     )
@@ -161,6 +165,7 @@ class TestRules:
 
 
 class TestWhatCannotBeAveraged:
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         ("make", "message"),
         [
@@ -175,6 +180,7 @@ class TestWhatCannotBeAveraged:
         with pytest.raises(polyak.StateError, match=message):
             polyak.WeightAverage(make())
 
+    @pytest.mark.protects
     def test_unknown_dtypes_raise_by_name_and_may_be_copied(self):
         model = zoo.mlp()
         model.register_buffer("scale", torch.ones(3).to(torch.float8_e4m3fn))

@@ -16,6 +16,7 @@ from polyak.checkpoints import write
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_export_loads_strictly_into_the_bare_model(name, tmp_path):
     model = zoo.MODELS[name]()
@@ -50,6 +51,7 @@ def test_export_says_what_it_holds(tmp_path):
 
 
 class TestWholeOrNotAtAll:
+    @pytest.mark.protects
     def test_a_failure_leaves_the_old_file(self, tmp_path, monkeypatch):
         path = tmp_path / "ema.safetensors"
         average = polyak.WeightAverage(zoo.mlp())

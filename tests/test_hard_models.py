@@ -38,6 +38,7 @@ class Part(nn.Module):
 
 
 class TestBuffers:
+    @pytest.mark.protects
     def test_infinities_stay_what_they_are(self):
         model = Part(lambda m: m.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1)))
         ema, average = polyak.ModelEma(model), polyak.WeightAverage(model, HALF)
@@ -47,6 +48,7 @@ class TestBuffers:
         assert torch.equal(ema.ema.mask, model.mask)
         assert torch.equal(average.weights()["mask"], model.mask)
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("kind", ["float32", "float64 average", "bfloat16", "float16", "live"])
     def test_batchnorm_statistics_made_inside_a_swap_stay_with_the_average(self, kind):
         model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
@@ -92,6 +94,7 @@ class TestBuffers:
         assert model.steps == 1
         assert average._core.store.tensors("average")["steps"] == 2
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("rules", [{}, {"cache": "skip"}])
     @pytest.mark.filterwarnings("ignore:rules")
     def test_caches_that_come_go_and_grow(self, rules):
@@ -172,6 +175,7 @@ class TestCopies:
     def data_in_a_list(self, module):
         module.views = [module.layer.weight.data]
 
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         "add", [own_way, cached_method, weak_parent, plain_object, slots, detached, data_in_a_list]
     )
@@ -241,6 +245,7 @@ class TestCopies:
 
 
 class TestSwap:
+    @pytest.mark.protects
     def test_averages_of_one_model_know_of_each_others_swaps(self):
         model = zoo.mlp()
         one, other, ema = polyak.WeightAverage(model, HALF), polyak.WeightAverage(model), polyak.ModelEma(model)
@@ -254,6 +259,7 @@ class TestSwap:
         other.update()
         ema.update(model)
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
     def test_an_optimizer_must_not_train_the_average(self, options):
         model = zoo.mlp()
@@ -269,6 +275,7 @@ class TestSwap:
         assert zoo.bit_equal(average.weights(), kept)
         optimizer.step()
 
+    @pytest.mark.protects
     def test_a_write_past_the_version_counter_is_noticed(self):
         model = zoo.mlp()
         average = polyak.WeightAverage(model, HALF)
@@ -277,6 +284,7 @@ class TestSwap:
             model[0].weight.data.add_(5)
         assert zoo.bit_equal(dict(model.state_dict()), raw)
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["mlp", "bfloat16"])
     def test_a_state_taken_inside_lasts(self, name):
         model = zoo.MODELS[name]()
@@ -327,6 +335,7 @@ class TestSwap:
 
 
 class TestUpdates:
+    @pytest.mark.protects
     def test_a_failed_update_changes_nothing(self):
         model = zoo.mlp()
         ema = polyak.ModelEma(model, 0.5)
@@ -430,6 +439,7 @@ class TestFrozen:
         average.update()
         return model, average
 
+    @pytest.mark.protects
     def test_a_changed_value_raises_where_it_would_be_mixed_in(self, tmp_path):
         model, average = self.frozen()
         model[0].weight.data[0, 0] += 1
@@ -457,6 +467,7 @@ class TestNonFinite:
         with torch.no_grad():
             model[2].bias[0] = float("nan")
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["mlp", "batchnorm", "bfloat16"])
     def test_skip_equals_a_run_without_that_update(self, name):
         model = zoo.MODELS[name]()
@@ -476,6 +487,7 @@ class TestNonFinite:
         assert zoo.bit_equal(average.weights(), reference.weights())
         assert average.report().num_skipped == 3
 
+    @pytest.mark.protects
     def test_raise_names_the_tensors_and_writes_nothing(self):
         model = zoo.mlp()
         average = polyak.WeightAverage(model, HALF, nonfinite="raise")
@@ -517,6 +529,7 @@ class TestAttach:
                     optimizer.step()
                 optimizer.zero_grad()
 
+    @pytest.mark.protects
     def test_counts_optimizer_steps_and_not_batches(self):
         model = zoo.mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -534,6 +547,7 @@ class TestAttach:
         assert average.num_updates == 3
         average.update()
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("fused", [False, True])
     def test_steps_that_a_grad_scaler_skips_are_none(self, fused):
         model = zoo.mlp()

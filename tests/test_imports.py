@@ -52,6 +52,7 @@ def test_public_names():
     public = {name for name in vars(polyak) if not name.startswith("_")}
     rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir()}
     assert public - rooms == {
+        "Attachment",
         "AverageView",
         "Exponential",
         "FileFormatError",
@@ -71,9 +72,11 @@ def test_public_names():
         "exponent_to_mean_age",
         "exponent_to_relative_std",
         "half_life_to_decay",
+        "lerp_",
         "mean_age_to_decay",
         "mean_age_to_exponent",
         "profile_from_description",
+        "recalibrate_batchnorm",
         "register_schedule",
         "relative_std_to_decay",
         "relative_std_to_exponent",

@@ -39,6 +39,7 @@ def model_of(dtype):
     return model.to(dtype)
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_construction_costs_the_averages(dtype):
     model = model_of(dtype)
@@ -49,6 +50,7 @@ def test_construction_costs_the_averages(dtype):
     assert average.report().num_bytes == 2 * size
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("call", ["update", "swap", "state_dict", "report"])
 def test_what_is_done_often_costs_a_bounded_amount(dtype, call):

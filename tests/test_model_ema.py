@@ -58,6 +58,7 @@ def test_constant_weights_stay_what_they_are_over_many_updates():
     assert zoo.bit_equal(ema.ema.state_dict(), before)
 
 
+@pytest.mark.protects
 def test_tied_weights_move_once():
     model = zoo.TiedTransformer()
     nn.init.zeros_(model.head.weight)
@@ -68,6 +69,7 @@ def test_tied_weights_move_once():
     assert torch.equal(ema.ema.head.weight, torch.full((11, 8), 0.5))
 
 
+@pytest.mark.protects
 def test_integers_and_booleans_are_copied():
     model = zoo.Buffers()
     ema = polyak.ModelEma(model, decay=0.9999)
@@ -137,6 +139,7 @@ def test_wrapped_and_bare_models(wrap, wrapped_average, wrapped_model):
     torch.testing.assert_close(ema.ema(inputs), average(inputs))
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("wrapped_average", [False, True])
 def test_ddp(ddp, wrapped_average):
     model = zoo.batchnorm()
@@ -169,6 +172,7 @@ def test_on_the_cpu():
     assert all(tensor.device.type == "cpu" for tensor in ema.ema.state_dict().values())
 
 
+@pytest.mark.protects
 def test_another_model_is_an_error_and_nothing_is_written():
     model = zoo.mlp()
     ema = polyak.ModelEma(model, decay=0.5)
@@ -278,6 +282,7 @@ class TestResume:
         with pytest.raises(polyak.FileFormatError, match=r"dictionary"):
             polyak.ModelEma(zoo.mlp(), resume=self.saved(tmp_path, content))
 
+    @pytest.mark.protects
     def test_pickled_code_does_not_run(self, tmp_path):
         canary = tmp_path / "canary"
         path = self.saved(tmp_path, {"state_dict_ema": _Runs(f"open({str(canary)!r}, 'w')")})

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,7 @@ def by_definition(profile, times, iterates):
     ]
 
 
+@pytest.mark.protects
 @settings(deadline=None, max_examples=150)
 @given(profile=profiles, shapes=shapes, increments=increments, seed=st.integers(0, 9))
 def test_an_average_is_what_its_weights_say(profile, shapes, increments, seed):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 import polyak
 import zoo
+from data import make_state
 
+DATA = Path(__file__).parent / "data"
 PROFILES = {
     "power": polyak.Power(relative_std=0.1),
     "debiased": polyak.Exponential(half_life=3, debias=True),
@@ -35,6 +38,7 @@ def drifting(name, seed=0):
     return model, lambda: zoo.drift(model, generator)
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", ["batchnorm", "tied transformer", "mixed"])
 def test_resume_at_every_step_is_bit_equal(name, options):
@@ -62,6 +66,7 @@ def test_resume_at_every_step_is_bit_equal(name, options):
             assert zoo.bit_equal(resumed[key].weights(), straight[key].weights()), (stop, key)
 
 
+@pytest.mark.protects
 def test_a_state_made_wrapped_loads_bare_and_back():
     model = zoo.batchnorm()
     wrapped = polyak.WeightAverage(nn.DataParallel(model))
@@ -75,6 +80,7 @@ def test_a_state_made_wrapped_loads_bare_and_back():
     assert zoo.bit_equal(compiled.weights(), wrapped.weights())
 
 
+@pytest.mark.protects
 def test_any_alias_is_accepted():
     average = polyak.WeightAverage(zoo.TiedTransformer())
     state = through_a_file(average.state_dict())
@@ -105,6 +111,7 @@ class TestRefused:
         assert zoo.bit_equal(average.weights(), before)
         assert str(average.report()) == report
 
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         ("other", "message"),
         [
@@ -120,6 +127,7 @@ class TestRefused:
         state = polyak.WeightAverage(model, **other).state_dict()
         self.refused(polyak.WeightAverage(model), state, polyak.StateError, message)
 
+    @pytest.mark.protects
     @pytest.mark.parametrize(
         ("make", "message"),
         [
@@ -161,3 +169,19 @@ class TestRefused:
     def test_no_state_or_a_damaged_one(self, break_it, message):
         average = polyak.WeightAverage(zoo.mlp())
         self.refused(average, break_it(average.state_dict()), polyak.FileFormatError, message)
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("path", sorted(DATA.glob("state-*.pt")), ids=lambda path: path.stem)
+def test_a_state_of_each_released_version_goes_on(path):
+    model, straight_model = make_state.make_model(), make_state.make_model()
+    average, straight = make_state.make_average(model), make_state.make_average(straight_model)
+    make_state.train(straight_model, straight, range(1, 12))
+    average.load_state_dict(torch.load(path, weights_only=True))
+    make_state.train(model, average, range(8, 12))
+    for name in average.profiles:
+        assert zoo.bit_equal(average[name].weights(), straight[name].weights())
+
+
+def test_there_is_a_state_of_this_version():
+    assert (DATA / f"state-{polyak.__version__}.pt").exists()

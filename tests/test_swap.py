@@ -36,6 +36,7 @@ def everything(model):
     return zoo.clone({**dict(model.named_parameters()), **dict(model.named_buffers())})
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("aside", [False, True], ids=["exchanged", "with a live module"])
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -122,6 +123,7 @@ def interrupt_at(position):
     return trace
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize("name", ["batchnorm", "mixed"])
 def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, monkeypatch):
     # A small scratch makes many batches, and so many places to be interrupted at.
@@ -150,6 +152,7 @@ def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, monkeypat
 
 
 class TestWhatIsDoneInside:
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["batchnorm", "mixed", "buffers"])
     def test_buffers_written_inside_stay_with_the_average(self, name):
         model, average = trained(name)
@@ -162,6 +165,7 @@ class TestWhatIsDoneInside:
         for key, tensor in average.weights().items():
             assert torch.equal(tensor, kept[key] if key in parameters else torch.ones_like(tensor)), key
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["mlp", "bfloat16"])
     def test_a_changed_parameter_raises_after_the_weights_are_back(self, name):
         model, average = trained(name)
@@ -196,6 +200,7 @@ class TestWhatIsDoneInside:
             fails()
         assert zoo.bit_equal(everything(model), raw)
 
+    @pytest.mark.protects
     def test_calls_that_make_no_sense_inside(self):
         model, average = trained("mlp")
         state = average.state_dict()
@@ -211,6 +216,7 @@ class TestWhatIsDoneInside:
                     call()
         assert average.num_updates == 3
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("name", ["batchnorm", "bfloat16"])
     def test_state_and_export_and_module_are_right_inside(self, name, tmp_path):
         from safetensors.torch import load_file
@@ -229,6 +235,7 @@ class TestWhatIsDoneInside:
             assert str(average.report()) == report
 
 
+@pytest.mark.protects
 def test_a_compiled_model_sees_the_average():
     torch.manual_seed(0)
     model = zoo.mlp()

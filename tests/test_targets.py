@@ -295,6 +295,18 @@ def test_replaced_tensors_are_noticed(monkeypatch):
     assert torch.equal(target.extra.weight, source.extra.weight.float())
 
 
+def test_tensors_without_an_address_are_left_alone(monkeypatch):
+    calls = walks(monkeypatch)
+    target, source = pair()
+    for module in (target, source):
+        module.register_buffer("graph", torch.eye(2).to_sparse())
+    zoo.drift(source[0])
+    for _ in range(2):
+        lerp_(target, source, weight=1.0)
+    assert torch.equal(target[0].weight, source[0].weight)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_nothing_is_kept_alive(which):
     modules = list(pair())

@@ -2,7 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from .attach import Attachment as Attachment
 from .average import WeightAverage as WeightAverage
+from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
 from .errors import FileFormatError as FileFormatError
 from .errors import MismatchError as MismatchError
 from .errors import PolyakError as PolyakError
@@ -27,6 +29,7 @@ from .profiles import relative_std_to_decay as relative_std_to_decay
 from .profiles import relative_std_to_exponent as relative_std_to_exponent
 from .profiles import scale_decay as scale_decay
 from .report import Report as Report
+from .targets import lerp_ as lerp_
 from .view import AverageView as AverageView
 
 __version__ = _version("polyak")
