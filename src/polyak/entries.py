@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import MismatchError, StateError, listed, outside
-from polyak.kernels import is_plain, overlaps_itself, share_memory, span
+from polyak.kernels import identity, is_plain, overlaps_itself, share_memory, span
 from polyak.names import WRAPPER_SEGMENTS, join
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
@@ -171,7 +171,7 @@ def gather(model: nn.Module) -> list[list[Site]]:
     ties: dict[Any, list[Site]] = {}
     for site in walk(model):
         _check_initialised(site)
-        ties.setdefault(_identity(site.tensor), []).append(site)
+        ties.setdefault(identity(site.tensor), []).append(site)
     return list(ties.values())
 
 
@@ -227,14 +227,6 @@ def check_rules(rules: Rules) -> None:
             raise TypeError(f"rules: {key!r} is neither a name pattern, nor a module class, nor a function of a tensor")
 
 
-def _identity(tensor: Tensor) -> Any:
-    """Equal for two tensors exactly when they are one: the same memory, seen in the same way."""
-    if not is_plain(tensor) or tensor.numel() == 0:
-        return id(tensor)
-    view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-    return (tensor.data_ptr(), tensor.device, *view)
-
-
 def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[Action, str]:
     for key, action in rules.items():
         if any(_matches(key, site) for site in sites):
@@ -284,7 +276,7 @@ def _check_initialised(site: Site) -> None:
     if site.is_parameter and tensor.numel() == 0:
         raise StateError(
             f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "
-            "the values away; use FSDP2, whose shards can be averaged, or ZeRO-2"
+            "the values away; average under ZeRO-2, which leaves them whole"
         )
 
 
@@ -294,8 +286,10 @@ def _check_averageable(entry: Entry) -> None:
     def rule(action: Action) -> str:
         return f"rules={{{entry.name!r}: {action!r}}}"
 
+    if entry.action != "skip" and type(tensor).__name__ == "DTensor":
+        raise StateError(f"{entry.name!r} is a DTensor, and sharded models cannot be averaged yet")
     if entry.action != "skip" and not is_plain(tensor):
-        kind = "a DTensor" if type(tensor).__name__ == "DTensor" else f"a {type(tensor).__name__}, {tensor.layout}"
+        kind = f"a {type(tensor).__name__}, {tensor.layout}"
         raise StateError(f"{entry.name!r} cannot be averaged: it is {kind}; give it a rule, as in {rule('skip')}")
     if entry.action != "skip" and overlaps_itself(tensor):
         raise StateError(

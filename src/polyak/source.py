@@ -8,12 +8,11 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwrap, walk
 from polyak.errors import MismatchError, StateError, listed
-from polyak.kernels import average_dtype, checksums, is_plain
+from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
 
 
@@ -197,6 +196,7 @@ def match_sites(
         {name: [name, *map(rename, entry.aliases)] for name, entry in strict.items()},
         given_by=given_by,
         wanted_by="the average",
+        hint=". Where a model changes on purpose, WeightAverage.adapt() follows it; a new one needs a new average",
     )
     for name, entry in strict.items():
         _check_same_kind(entry, found[name][0].tensor, given_by=given_by)
@@ -204,7 +204,12 @@ def match_sites(
 
 
 def check_same_names(
-    given: Mapping[str, Sequence[str]], wanted: Mapping[str, Sequence[str]], *, given_by: str, wanted_by: str
+    given: Mapping[str, Sequence[str]],
+    wanted: Mapping[str, Sequence[str]],
+    *,
+    given_by: str,
+    wanted_by: str,
+    hint: str = "",
 ) -> None:
     """Raises MismatchError unless both have the same tensors under the same names, tied in the same way.
 
@@ -213,6 +218,7 @@ def check_same_names(
         wanted: the same, as it should be.
         given_by: whose tensors the first are, for the error.
         wanted_by: whose tensors the others are.
+        hint: what to do, at the end of the error.
     """
     missing, extra = [name for name in wanted if name not in given], [name for name in given if name not in wanted]
     aliases = {alias: name for name, names in wanted.items() for alias in names[1:]}
@@ -226,8 +232,7 @@ def check_same_names(
     if missing or extra:
         raise MismatchError(
             f"{given_by} and {wanted_by} hold different tensors. Only {wanted_by}: {listed(missing) or 'none'}. Only "
-            f"{given_by}: {listed(extra) or 'none'}. Probably {cause}. Nothing was written. Where a model changes on "
-            "purpose, WeightAverage.adapt() follows it; else a new model needs a new average"
+            f"{given_by}: {listed(extra) or 'none'}. Probably {cause}. Nothing was written{hint}"
         )
     for name, names in given.items():
         if set(names) != set(wanted[name]):
@@ -240,14 +245,8 @@ def check_same_names(
 def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str) -> None:
     if tensor.shape != entry.shape:
         difference = f"the shape {tuple(tensor.shape)}, not {tuple(entry.shape)}"
-    elif _kind(tensor.dtype) != _kind(entry.dtype):
+    elif kind_of(tensor.dtype) != kind_of(entry.dtype):
         difference = f"the dtype {tensor.dtype}, not {entry.dtype}"
     else:
         return
     raise MismatchError(f"{entry.name!r} of {given_by} has {difference}. Nothing was written")
-
-
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex:
-        return "complex"
-    return "floating" if dtype.is_floating_point else str(dtype)

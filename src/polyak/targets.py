@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from polyak.entries import AVERAGEABLE, gather, resolve, unwrap
 from polyak.errors import MismatchError, listed
-from polyak.kernels import Plan, Row, average_dtype, copy_, is_plain, overlaps_itself, share_memory, span
+from polyak.kernels import (
+    Plan,
+    Row,
+    average_dtype,
+    copy_,
+    identity,
+    is_plain,
+    kind_of,
+    overlaps_itself,
+    share_memory,
+    span,
+)
 from polyak.source import check_same_names
 from polyak.swapping import check_not_standing
 
@@ -208,7 +219,7 @@ def _check_same_kind(match: _Match) -> None:
     target, source = match.target, match.source
     if source.shape != target.shape:
         difference = f"the shape {tuple(source.shape)} in the source and {tuple(target.shape)} in the target"
-    elif _kind(source.dtype) != _kind(target.dtype):
+    elif kind_of(source.dtype) != kind_of(target.dtype):
         difference = f"the dtype {source.dtype} in the source and {target.dtype} in the target"
     elif match.averaged and not {source.dtype, target.dtype} <= AVERAGEABLE:
         difference = f"the dtype {source.dtype} in the source and {target.dtype} in the target, not to be averaged"
@@ -219,30 +230,17 @@ def _check_same_kind(match: _Match) -> None:
     raise MismatchError(f"{match.name!r} has {difference}. Nothing was written")
 
 
-def _kind(dtype: torch.dtype) -> str:
-    if dtype.is_complex:
-        return "complex"
-    return "floating" if dtype.is_floating_point else str(dtype)
-
-
 def _each_once(matches: list[_Match]) -> list[_Match]:
     """Leaves a tied tensor out where it comes again; it must be tied in the source as well."""
     first: dict[object, _Match] = {}
     for match in matches:
-        known = first.setdefault(_identity(match.target), match)
-        if known is not match and _identity(known.source) != _identity(match.source):
+        known = first.setdefault(identity(match.target), match)
+        if known is not match and identity(known.source) != identity(match.source):
             raise MismatchError(
                 f"{known.name!r} and {match.name!r} are one tensor in the target and two in the source. Nothing was "
                 "written"
             )
     return list(first.values())
-
-
-def _identity(tensor: Tensor) -> object:
-    """Equal for two tensors exactly when they are one: the same memory, seen in the same way."""
-    if not is_plain(tensor) or tensor.numel() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _check_apart(matches: list[_Match]) -> None:

@@ -10,6 +10,7 @@ from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
 from .journal import Operation as Operation
 from .journal import exchange as exchange
+from .memory import identity as identity
 from .memory import is_plain as is_plain
 from .memory import overlaps_itself as overlaps_itself
 from .memory import share_memory as share_memory
@@ -20,3 +21,4 @@ from .plan import Row as Row
 from .precision import average_dtype as average_dtype
 from .precision import check_average_dtype as check_average_dtype
 from .precision import check_floating_point as check_floating_point
+from .precision import kind_of as kind_of

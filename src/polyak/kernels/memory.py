@@ -24,6 +24,20 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def identity(tensor: Tensor) -> object:
+    """Equal for two tensors exactly when they are one: the same memory, seen in the same way.
+
+    Example:
+        >>> whole = torch.ones(2, 2)
+        >>> identity(whole) == identity(whole.detach()), identity(whole) == identity(whole.t())
+        (True, False)
+    """
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return id(tensor)
+    view = (tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.data_ptr(), tensor.device, *view)
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether one element in memory stands for several of a plain tensor, so that it cannot be written.
 

@@ -17,6 +17,18 @@ def average_dtype(source: torch.dtype) -> torch.dtype:
     return torch.float32 if source in _HALF else source
 
 
+def kind_of(dtype: torch.dtype) -> str:
+    """What a dtype may stand for: any complex one for another, any floating-point one, or itself alone.
+
+    Example:
+        >>> kind_of(torch.bfloat16), kind_of(torch.complex64), kind_of(torch.int64)
+        ('floating', 'complex', 'torch.int64')
+    """
+    if dtype.is_complex:
+        return "complex"
+    return "floating" if dtype.is_floating_point else str(dtype)
+
+
 def check_floating_point(dtype: torch.dtype) -> None:
     """Raises TypeError for what is no dtype, ValueError for one that is not floating-point."""
     if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass strings
