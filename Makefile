@@ -8,7 +8,9 @@ INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 demo: .venv/demo-is-installed
 	$(BIN)/python examples/digits.py
 
+# The first run is without the kernel in C, as where there is no compiler.
 test: .venv/all-is-installed
+	POLYAK_KERNELS=foreach,staged $(BIN)/python -m pytest tests/test_average.py tests/test_model_ema.py tests/test_swap.py
 	$(BIN)/python -m pytest
 
 check: .venv/all-is-installed
@@ -29,10 +31,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo-is-installed: .venv/bin/python pyproject.toml constraints.txt
+.venv/demo-is-installed: .venv/bin/python pyproject.toml setup.py src/polyak/kernels/native.c constraints.txt
 	$(INSTALL) '.[demo]'
 	touch $@
 
-.venv/all-is-installed: .venv/bin/python pyproject.toml constraints.txt
+.venv/all-is-installed: .venv/bin/python pyproject.toml setup.py src/polyak/kernels/native.c constraints.txt
 	$(INSTALL) '.[demo,bench,dev]'
 	touch $@

@@ -193,6 +193,7 @@ class TestWhatCannotBeAveraged:
             polyak.WeightAverage(zoo.mlp().state_dict())
 
 
+@pytest.mark.protects
 @pytest.mark.parametrize(
     ("saved", "expected", "found"),
     [

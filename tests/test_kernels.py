@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from polyak.kernels import Journal, Plan, Row, average_dtype, exchange
+from polyak.kernels import Journal, Plan, Row, average_dtype, exchange, native
 from polyak.kernels import pieces as pieces_room
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.pieces import cut, is_dense
@@ -37,11 +37,16 @@ def slow_lerp(source, average, weight):
     return torch.lerp(average, converted, weight)
 
 
+KERNELS = [None, ["native", "staged"], ["foreach", "staged"], ["staged"]]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=str)
 @pytest.mark.parametrize("elements", [None, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout_and_weight_and_several_averages(dtype, elements, monkeypatch):
+def test_every_layout_and_weight_and_several_averages(dtype, elements, kernels, monkeypatch):
     if elements is not None:
         monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
+        monkeypatch.setattr(native, "_CHUNK_ELEMENTS", elements)
     sources = {name: layout(random(dtype, 12, 35)) for name, layout in LAYOUTS.items()}
     for weight in WEIGHTS:
         averages = {
@@ -53,7 +58,8 @@ def test_every_layout_and_weight_and_several_averages(dtype, elements, monkeypat
             for name, (one, two) in averages.items()
         }
         before = zoo.clone(sources)
-        Plan([Row(name, sources[name], tuple(averages[name])) for name in sources]).run([weight, 0.25])
+        rows = [Row(name, sources[name], tuple(averages[name])) for name in sources]
+        Plan(rows, kernels=kernels).run([weight, 0.25])
         for name in sources:
             for found, right in zip(averages[name], expected[name], strict=True):
                 assert torch.equal(found, right), (name, weight)
@@ -72,16 +78,46 @@ def test_a_weight_of_zero_leaves_the_average_whatever_the_source_holds():
     assert torch.equal(average, torch.tensor([1.0, 2.0]))
 
 
-def test_the_plan_says_what_goes_where_and_why():
-    rows = [
-        Row("a", torch.zeros(2), (torch.zeros(2),)),
-        Row("b", torch.zeros(3).bfloat16(), (torch.zeros(3),)),
-        *[Row(f"c{i}", torch.zeros(1), (torch.zeros(1),)) for i in range(5)],
-    ]
-    assert str(Plan(rows)) == (
-        "foreach: 6 tensors, 7 elements (same dtype and device): a, c0, c1, c2 and 2 more\n"
-        "staged: 1 tensor, 3 elements (torch.bfloat16 to torch.float32): b"
-    )
+class TestPlan:
+    def rows(self):
+        return [
+            Row("a", torch.zeros(2), (torch.zeros(2),)),
+            Row("b", torch.zeros(3).half(), (torch.zeros(3),)),
+            *[Row(f"c{i}", torch.zeros(1), (torch.zeros(1),)) for i in range(5)],
+        ]
+
+    def test_says_what_goes_where_and_why(self):
+        assert str(Plan(self.rows(), kernels=["foreach", "staged"])) == (
+            "foreach: 6 tensors, 7 elements (same dtype and device): a, c0, c1, c2 and 2 more\n"
+            "staged: 1 tensor, 3 elements (torch.float16 to torch.float32): b"
+        )
+
+    @pytest.mark.skipif(native.library() is None, reason="installed without a compiler")
+    def test_takes_the_kernel_in_c_where_it_can(self):
+        assert str(Plan(self.rows())).startswith("native: 6 tensors, 7 elements (contiguous, on the CPU): a, c0")
+
+    def test_can_be_forced_from_outside(self, monkeypatch):
+        monkeypatch.setenv("POLYAK_KERNELS", "staged")
+        assert [group.kernel for group in Plan(self.rows()).groups] == ["staged", "staged"]
+
+    def test_impossible_kernels(self):
+        with pytest.raises(ValueError, match=r"no kernel 'cuda'; the kernels are 'native', 'foreach', 'staged'"):
+            Plan(self.rows(), kernels=["cuda"])
+        with pytest.raises(ValueError, match=r"no kernel of 'foreach' fits 'b', torch.float16 on cpu into"):
+            Plan(self.rows(), kernels=["foreach"])
+
+
+def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(monkeypatch):
+    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    native.library.cache_clear()
+    row = Row("x", torch.ones(2), (torch.zeros(2),))
+    try:
+        with pytest.warns(UserWarning, match=r"installed without its C kernel") as caught:
+            plans = [Plan([row]), Plan([row])]
+        assert len(caught) == 1
+        assert [group.kernel for plan in plans for group in plan.groups] == ["foreach", "foreach"]
+    finally:
+        native.library.cache_clear()
 
 
 @pytest.mark.parametrize("elements", [1, 7, 64, 1 << 18])

@@ -35,6 +35,18 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
+class Foreach:
+    """Averages of the source's dtype on its device: one call for all tensors of a profile."""
+
+    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
+        self._sources, *self._columns = (list(column) for column in zip(*rows, strict=True))
+
+    def lerp_(self, weights: Sequence[float]) -> None:
+        """Moves the averages of each column towards the sources, with one weight a column."""
+        for column, weight in zip(self._columns, weights, strict=True):
+            lerp_(column, self._sources, weight)
+
+
 class Staged:
     """Averages whose dtype or device is not the source's: the source goes through a scratch buffer, batch by batch.
 

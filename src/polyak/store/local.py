@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,14 @@ class LocalStore:
         self.bind(entries)
         # Until the first update the averages are what the source is.
         self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A plan holds addresses, which are this object's alone.
+        return {key: value for key, value in vars(self).items() if key not in ("plan", "_copies", "_entries")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _entries=None)
+        self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
         """A store for other entries; what is alike in both keeps its averages."""
