@@ -64,6 +64,7 @@ def test_the_export_loads_as_an_adapter(adapted, tmp_path):
         assert torch.equal(loaded(tokens).logits, expected)
 
 
+@pytest.mark.protects
 def test_an_exported_file_is_what_peft_would_save(adapted, tmp_path):
     model, _ = adapted
     average = trained(model)
