@@ -486,6 +486,11 @@ class TestNonFinite:
                 reference.update(at=step)
         assert zoo.bit_equal(average.weights(), reference.weights())
         assert average.report().num_skipped == 3
+        resumed = polyak.WeightAverage(model, polyak.Power(), nonfinite="skip")
+        resumed.load_state_dict(copy.deepcopy(average.state_dict()))
+        assert resumed.report().num_skipped == 3
+        resumed.reset()
+        assert resumed.report().num_skipped == 0
 
     @pytest.mark.protects
     def test_raise_names_the_tensors_and_writes_nothing(self):
@@ -568,6 +573,14 @@ class TestAttach:
             optimizer.step()
         assert average.num_updates == 2
 
+    def test_one_optimizer_given_twice_is_one(self):
+        model = zoo.mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        average = polyak.WeightAverage(model)
+        average.attach(optimizer, optimizer)
+        self.train(model, optimizer, 3)
+        assert average.num_updates == 3
+
     def test_on_another_time_axis(self):
         model = zoo.mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -611,7 +624,7 @@ def test_interleaved_slices_share_no_memory():
     assert len(polyak.WeightAverage(model).weights()) == 2
 
 
-def test_a_dropped_model_is_let_go():
+def test_a_dropped_live_module_is_let_go():
     model = zoo.mlp()
     average = polyak.WeightAverage(model)
     reference = weakref.ref(average.live_module())

@@ -16,14 +16,22 @@ SOURCE = Path(polyak.__file__).parent
 
 def imported(path):
     """The rooms that a file imports from, with whether it reaches past their doors."""
+    folder = list(path.relative_to(SOURCE).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and (node.module or "").split(".")[0] == "polyak":
-            _, room, *inside = node.module.split(".")
-            yield room, bool(inside)
+        if isinstance(node, ast.ImportFrom):
+            names = (node.module or "").split(".")
+            if node.level:
+                # One dot is the folder that the file is in.
+                names = ["polyak", *folder[: len(folder) + 1 - node.level], *filter(None, names)]
+            if names[0] == "polyak":
+                assert len(names) > 1, f"{path} imports from the package itself"
+                yield names[1], len(names) > 2
+        elif isinstance(node, ast.Import):
+            assert not any(alias.name.startswith("polyak") for alias in node.names), f"{path}: say from which room"
 
 
 def test_imports_follow_the_order_of_the_house():
-    for path in SOURCE.rglob("*.py"):
+    for path in set(SOURCE.rglob("*.py")) - {SOURCE / "__init__.py"}:
         room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
         for other, inside in imported(path):
             assert other == room or HOUSE.index(other) < HOUSE.index(room), f"{path} imports {other}"

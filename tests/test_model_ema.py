@@ -159,9 +159,12 @@ def test_compiled_model():
     model = zoo.mlp()
     ema = polyak.ModelEma(torch.compile(model), decay=0.5)
     assert type(ema.ema) is nn.Sequential
-    zoo.drift(model)
-    ema.update(torch.compile(model))
-    ema.update(model)
+    reference = SeedFormula(model.state_dict(), 0.5)
+    for each in (torch.compile(model), model):
+        zoo.drift(model)
+        reference.update(model.state_dict())
+        ema.update(each)
+    assert reference.largest_error(ema.ema.state_dict()) < TOLERANCE
 
 
 def test_on_the_cpu():

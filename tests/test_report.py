@@ -44,7 +44,7 @@ def test_text_shows_what_is_done_to_what():
 
 
 @pytest.mark.protects
-def test_what_never_moved_although_the_model_did_is_named(monkeypatch):
+def test_what_never_moved_although_the_model_did_is_named():
     model = zoo.mlp()
     average = polyak.WeightAverage(model, polyak.Exponential(0.5))
     zoo.drift(model)
@@ -65,10 +65,13 @@ def test_an_average_longer_than_the_run_warns():
     with pytest.warns(UserWarning, match=message):
         average.report(total=580)
     average.report(total=100_000)
+    late = polyak.WeightAverage(zoo.mlp(), polyak.Exponential(half_life=300), start=900)
+    with pytest.warns(UserWarning, match=r"79 % of it will still be"):
+        late.report(total=1000)
 
 
 @pytest.mark.protects
-def test_saving_or_swapping_before_the_first_update_warns_once(tmp_path, recwarn):
+def test_saving_or_swapping_before_the_first_update_warns_once(tmp_path):
     for use in ("state_dict", "swap_in", "export"):
         average = polyak.WeightAverage(nn.Linear(2, 2))
         call = {"state_dict": average.state_dict, "swap_in": average.swap_in}.get(

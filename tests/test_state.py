@@ -101,6 +101,22 @@ def test_tensors_of_a_state_are_the_averages_themselves():
     assert addresses == again
 
 
+@pytest.mark.protects
+@pytest.mark.parametrize("tied_here", [True, False])
+def test_a_state_with_other_ties_is_refused(tied_here):
+    def make(tied):
+        model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+        if tied:
+            model[1].weight = model[0].weight
+        return polyak.WeightAverage(model)
+
+    average, state = make(tied_here), make(not tied_here).state_dict()
+    before = average.weights()
+    with pytest.raises(polyak.MismatchError, match=r"tie '0.weight' differently|'1.weight' was tied|Only the"):
+        average.load_state_dict(state)
+    assert zoo.bit_equal(average.weights(), before)
+
+
 class TestRefused:
     """Each error says what differs, and leaves the average as it was."""
 

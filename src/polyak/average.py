@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast, get_args
 
 import torch
@@ -52,7 +52,7 @@ class WeightAverage:
         device: where the averages are. Default: where the source is.
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
             "raise" raises; "skip" leaves the update out, exactly as if it had not been due; both read the weights once
-            more, which makes an update half as long again, or three times as long for many small tensors (CPU). So
+            more, which makes an update half as long again, and several times as long for many small tensors. So
             "propagate", which takes the weights as they are, is the default.
 
     Raises:
@@ -185,7 +185,7 @@ class WeightAverage:
         def on_detach() -> None:
             core.attachment = None
 
-        core.attachment = Attachment(optimizers, after_round, on_detach)
+        core.attachment = Attachment(tuple(dict.fromkeys(optimizers)), after_round, on_detach)
         return core.attachment
 
     def reset(self) -> None:
@@ -223,11 +223,9 @@ class WeightAverage:
             raise StateError(f"{listed([first, *others])} are all kept here: say which one, as average[{first!r}]")
         return self[first]
 
-    @contextmanager
-    def swapped(self) -> Generator[None, None, None]:
+    def swapped(self) -> AbstractContextManager[None]:
         """The average stands in the source, in place, inside of the `with`; see `AverageView.swapped`."""
-        with self._only().swapped():
-            yield
+        return self._only().swapped()
 
     def swap_in(self) -> None:
         """Puts the average into the source until `swap_out`; see `AverageView.swap_in`."""

@@ -78,6 +78,11 @@ class Clock:
         return profile.growth(max(previous - self.start, 0.0), self.updated_at - self.start)
 
     @property
+    def num_skipped(self) -> int:
+        """How many updates were due and left out."""
+        return self.num_calls // self.every - self.num_updates
+
+    @property
     def profile_time(self) -> float:
         """The time of the last update as profiles count it."""
         return max(self.updated_at - self.start, 0.0)

@@ -35,7 +35,6 @@ class Core:
         guard: the hook that keeps optimizers from training it there.
         warned: whether it was said that there was no update yet.
         nonfinite: what to do with a source that holds a NaN or an infinity.
-        num_skipped: how many updates were refused for that.
         attachment: what calls the updates, where somebody attached an optimizer.
         first_sums: the sum of each averaged entry's bits in the source, when the average was made, loaded or reset.
         first_average_sums: the same of the averages, by profile.
@@ -52,7 +51,6 @@ class Core:
     guard: RemovableHandle | None = None
     warned: bool = False
     nonfinite: NonFinite = "propagate"
-    num_skipped: int = 0
     attachment: Attachment | None = None
     first_sums: dict[str, int] = field(default_factory=dict[str, int])
     first_average_sums: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
@@ -62,10 +60,10 @@ class Core:
 
     def begin(self) -> None:
         """Notes what source and averages are now, to tell later what never moved."""
-        raw = self.store.raw()
+        raw, names = self.store.raw(), list(self.store.names)
+        self.first_sums = dict(zip(names, checksums([raw[name] for name in names]), strict=True))
         for profile, averages in self.store.averages.items():
-            self.first_sums = dict(zip(averages, checksums([raw[name] for name in averages]), strict=True))
-            self.first_average_sums[profile] = dict(zip(averages, checksums(list(averages.values())), strict=True))
+            self.first_average_sums[profile] = dict(zip(names, checksums(list(averages.values())), strict=True))
 
     def __getstate__(self) -> dict[str, Any]:
         if self.swapped is not None:
@@ -95,7 +93,6 @@ class Core:
             if self.nonfinite != "propagate" and not self._check_finite():
                 # As if no update had been due: the next one reaches back to the last that was made.
                 self.clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
-                self.num_skipped += 1
                 return
             self.store.submit(Step(growth, clock.num_updates))
         self.clock = clock

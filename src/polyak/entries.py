@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import MismatchError, StateError, listed, outside
-from polyak.kernels import identity, is_plain, overlaps_itself, share_memory, span
+from polyak.kernels import identity, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
@@ -304,16 +304,10 @@ def _check_averageable(entry: Entry) -> None:
 
 def _check_overlaps(entries: list[Entry]) -> None:
     """Raises where an averaged tensor shares memory with another entry: a part of it would be averaged twice."""
-    plain = [entry for entry in entries if entry.tensor.numel() > 0 and is_plain(entry.tensor)]
-    spans = sorted((*span(entry.tensor), position) for position, entry in enumerate(plain))
-    reaching: tuple[str, int, int] | None = None
-    for device, start, end, position in spans:
-        if reaching is not None and reaching[0] == device and start < reaching[1]:
-            one, other = (plain[at] for at in sorted((position, reaching[2])))
-            if "average" in (one.action, other.action) and share_memory(one.tensor, other.tensor):
-                raise MismatchError(
-                    f"{one.name!r} {tuple(one.shape)} and {other.name!r} {tuple(other.shape)} share memory without "
-                    "being the same tensor; only whole tensors can be tied. Clone one of them"
-                )
-        if reaching is None or reaching[0] != device or end > reaching[1]:
-            reaching = device, end, position
+    for first, second in overlapping([entry.tensor for entry in entries]):
+        one, other = entries[first], entries[second]
+        if "average" in (one.action, other.action):
+            raise MismatchError(
+                f"{one.name!r} {tuple(one.shape)} and {other.name!r} {tuple(other.shape)} share memory without being "
+                "the same tensor; only whole tensors can be tied. Clone one of them"
+            )

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 
 _MAX_LISTED = 8
+_INSIDE = ("polyak", "contextlib")
 
 
 class PolyakError(ValueError):
@@ -41,6 +42,6 @@ def listed(items: Iterable[object]) -> str:
 def outside() -> int:
     """The `stacklevel` at which a warning shows the user's own line, called where the warning is given."""
     level, frame = 0, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("polyak", "contextlib")):
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _INSIDE:
         level, frame = level + 1, frame.f_back
     return level

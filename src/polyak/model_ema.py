@@ -107,10 +107,10 @@ class ModelEma:
             MismatchError: the model or the average has other tensors than at first. Nothing was written.
         """
         growth = Exponential(self.decay).growth(0.0, 1.0)
-        check_not_standing(self._source.bare, "update()")
+        if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+            raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
+        check_not_standing(unwrap(model), "update()")
         if model is not self._source.model or not self._source.is_current():
-            if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
-                raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
             self._source.refresh(model)
         if not self._average.is_current():
             self._follow_average()

@@ -25,7 +25,7 @@ class AverageReport:
     Attributes:
         name: of the average.
         profile: how past weights count, as text.
-        decay: what the average keeps of itself in one unit of time, at present.
+        decay: what the average will keep of itself in the next unit of time.
         mean_age: of the weights in it, in units of the time axis.
         initial_weight: how much of it is still the weights from before the first update.
         distance: norm(average - source) / norm(source) over all averaged entries.
@@ -121,7 +121,7 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
     """Looks at a `WeightAverage`; `total` is the length of the run, for a warning where an average is longer."""
     clock, store = core.clock, core.store
     if total is not None:
-        _warn_of_length(core.profiles, total)
+        _warn_of_length(core.profiles, max(total - clock.start, 0.0))
     raw = store.raw()
     averages: list[AverageReport] = []
     for name, profile in core.profiles.items():
@@ -134,8 +134,8 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
             AverageReport(
                 name,
                 repr(profile),
-                math.exp(-profile.growth(now - 1, now)) if now >= 1 else 0.0,
-                profile.mean_age(now),
+                math.exp(-profile.growth(now, now + 1)),
+                _mean_age(profile, now),
                 profile.initial_weight(now),
                 _relative(list(chain.from_iterable(parts.values()))),
                 {part: _relative(squares) for part, squares in parts.items()},
@@ -159,7 +159,15 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
                 entry.name in stuck,
             )
         )
-    return Report(clock.num_calls, clock.num_updates, core.num_skipped, clock.time, tuple(averages), tuple(entries))
+    return Report(clock.num_calls, clock.num_updates, clock.num_skipped, clock.time, tuple(averages), tuple(entries))
+
+
+def _mean_age(profile: Profile, now: float) -> float:
+    try:
+        return profile.mean_age(now)
+    except ValueError:
+        # A profile that is known step by step has no ages between steps.
+        return math.nan
 
 
 def _warn_of_length(profiles: Mapping[str, Profile], total: float) -> None:
@@ -179,7 +187,7 @@ def _find_stuck(core: Core) -> set[str]:
     if core.clock.num_updates == 0:
         return set()
     raw = core.store.raw()
-    names = list(core.store.averages[next(iter(core.profiles))])
+    names = list(core.store.names)
     moved = {n for n, s in zip(names, checksums([raw[name] for name in names]), strict=True) if s != core.first_sums[n]}
     for profile in core.profiles:
         tensors = core.store.tensors(profile)

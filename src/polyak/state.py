@@ -37,7 +37,7 @@ def save_state(core: Core) -> dict[str, Any]:
     fingerprint = _fingerprint(configuration)
     loose = {entry.name for entry in core.source.entries if entry.is_loose}
     copies = [name for name in core.store.copies if name not in loose]
-    names = set(next(iter(core.store.averages.values())))
+    names = set(core.store.names)
     averages = {
         profile: {name: _lasting(core, tensor) for name, tensor in core.store.tensors(profile).items() if name in names}
         for profile in core.profiles
@@ -76,6 +76,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
         given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
         copies = _dictionary(state["copies"][fingerprint])
+        ties = {str(name): [str(alias) for alias in aliases] for name, aliases in state["ties"].items()}
         frozen = {str(name): int(total) for name, total in state["frozen"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: {type(error).__name__}: {error}") from error
@@ -87,7 +88,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     sources: list[Tensor] = []
     sets = [(core.store.averages[name], given[name], f"average {name!r}") for name in core.profiles]
     for kept, found, what in [*sets, (kept_copies, copies, "copies")]:
-        matched = _match(core, kept, found, what)
+        matched = _match(core, kept, found, ties, what)
         targets += kept.values()
         sources += [matched[name] for name in kept]
     with torch.no_grad():
@@ -100,12 +101,12 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
 
 
 def _configuration(core: Core) -> dict[str, Any]:
-    first = next(iter(core.store.averages.values()))
+    averages = next(iter(core.store.averages.values()))
     return {
         "profiles": {name: profile.describe() for name, profile in core.profiles.items()},
         "every": core.clock.every,
         "start": core.clock.start,
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in first.values()}),
+        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in averages.values()}),
     }
 
 
@@ -155,13 +156,24 @@ def _explain(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     return "; ".join(f"{key} was {saved.get(key)!r} and is {here[key]!r}" for key in keys)
 
 
-def _match(core: Core, kept: Mapping[str, Tensor], found: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+def _match(
+    core: Core, kept: Mapping[str, Tensor], found: Mapping[str, Tensor], ties: Mapping[str, list[str]], what: str
+) -> dict[str, Tensor]:
     """The saved tensors under the names that they have here, after names, shapes and dtypes were checked."""
     first_names = {alias: entry.name for entry in core.source.entries for alias in (entry.name, *entry.aliases)}
     renamed = {first_names.get(name, name): tensor for name, tensor in found.items()}
+    tied = {name: (first, *others) for first, others in ties.items() for name in (first, *others)}
+    names_here = {entry.name: (entry.name, *entry.aliases) for entry in core.source.entries}
     check_same_names(
-        {name: [name] for name in renamed}, {name: [name] for name in kept}, given_by="the state", wanted_by="the model"
+        {first_names.get(name, name): tied.get(name, (name,)) for name in found},
+        {name: names_here[name] for name in kept},
+        given_by="the state",
+        wanted_by="the model",
     )
+    if len(renamed) != len(found):
+        raise MismatchError(
+            f"tensors that are tied in the model are several in the {what} of the state: {listed(found)}"
+        )
     for name, tensor in kept.items():
         saved = renamed[name]
         if saved.shape != tensor.shape or saved.dtype != tensor.dtype:

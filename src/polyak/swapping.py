@@ -29,12 +29,7 @@ def check_not_standing(model: nn.Module, call: str) -> None:
 
 
 def swap_in(core: Core, name: str) -> None:
-    """Puts the average of that name into the source.
-
-    Raises:
-        StateError: an average stands in the source already.
-    """
-    check_not_standing(core.source.bare, "a swap")
+    """Puts the average of that name into the source, in which none stands; where it fails, `swap_out` undoes it."""
     core.verify_values()
     core.warn_if_never_updated("swapped in")
     core.swapped = name
@@ -50,13 +45,16 @@ def swap_out(core: Core) -> list[str]:
 
     It may be called at any time, also after `swap_in` or itself was interrupted, and does what is left to do.
     """
+    if core.swapped is None:
+        return []
     changed = core.store.swap_out()
-    name, core.swapped = core.swapped, None
-    _STANDING.pop(core.source.bare, None)
     if core.guard is not None:
         core.guard.remove()
         core.guard = None
-    return changed if name is None else changed + _take_back_replaced(core, name)
+    changed += _take_back_replaced(core, core.swapped)
+    _STANDING.pop(core.source.bare, None)
+    core.swapped = None
+    return changed
 
 
 @torch.no_grad()
@@ -69,9 +67,10 @@ def _take_back_replaced(core: Core, name: str) -> list[str]:
     parameters: list[str] = []
     for entry, site in core.source.replaced():
         fits = entry.name in raw and site.tensor.shape == raw[entry.name].shape
-        if fits and not entry.is_parameter:
-            averages[entry.name].copy_(site.tensor)
-        if fits:
+        # What is equal already was taken back before this was interrupted.
+        if fits and not torch.equal(site.tensor, raw[entry.name]):
+            if not entry.is_parameter:
+                averages[entry.name].copy_(site.tensor)
             site.tensor.copy_(raw[entry.name])
         if entry.is_parameter or not (fits or entry.is_loose):
             parameters.append(site.name)

@@ -12,18 +12,7 @@ from torch import Tensor, nn
 
 from polyak.entries import AVERAGEABLE, gather, resolve, unwrap
 from polyak.errors import MismatchError, listed
-from polyak.kernels import (
-    Plan,
-    Row,
-    average_dtype,
-    copy_,
-    identity,
-    is_plain,
-    kind_of,
-    overlaps_itself,
-    share_memory,
-    span,
-)
+from polyak.kernels import Plan, Row, average_dtype, copy_, identity, is_plain, kind_of, overlapping, overlaps_itself
 from polyak.source import check_same_names
 from polyak.swapping import check_not_standing
 
@@ -245,21 +234,12 @@ def _each_once(matches: list[_Match]) -> list[_Match]:
 
 def _check_apart(matches: list[_Match]) -> None:
     """Raises where memory of the target is also another tensor's, of the source or of the target itself."""
-    tensors = [(f"{match.name!r} of the target", match.target, True) for match in matches]
-    tensors += [(f"{match.name!r} of the source", match.source, False) for match in matches]
-    plain = [each for each in tensors if is_plain(each[1]) and each[1].numel() > 0]
-    # What reaches furthest so far, among all tensors and among those that are written: two tensors of the source may
-    # be tied, but what is written must meet no other.
-    furthest = {False: ("", 0, -1), True: ("", 0, -1)}
-    for device, start, end, position in sorted((*span(each[1]), position) for position, each in enumerate(plain)):
-        name, tensor, written = plain[position]
-        other_device, other_end, at = furthest[not written]
-        if other_device == device and start < other_end and share_memory(tensor, plain[at][1]):
+    names = [f"{match.name!r} of the target" for match in matches] + [f"{m.name!r} of the source" for m in matches]
+    tensors = [match.target for match in matches] + [match.source for match in matches]
+    for one, other in overlapping(tensors):
+        # Two tensors of the source may be tied: they are not written.
+        if one < len(matches):
             raise MismatchError(
-                f"{plain[at][0]} and {name} share memory: the target needs tensors of its own, as copy.deepcopy makes "
-                "them. Nothing was written"
+                f"{names[one]} and {names[other]} share memory: the target needs tensors of its own, as copy.deepcopy "
+                "makes them. Nothing was written"
             )
-        reach = (device, end, position)
-        furthest[False] = max(furthest[False], reach)
-        if written:
-            furthest[True] = max(furthest[True], reach)

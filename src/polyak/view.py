@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
 from polyak.checkpoints import write_safetensors
 from polyak.core import Core
-from polyak.entries import Entry, extra_states, unwrap
-from polyak.errors import listed, outside
+from polyak.entries import Entry, extra_states
+from polyak.errors import StateError, listed, outside
 from polyak.kernels import check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
@@ -46,8 +46,7 @@ class AverageView:
         """How past weights count in this average."""
         return self._core.profiles[self.name]
 
-    @contextmanager
-    def swapped(self) -> Generator[None, None, None]:
+    def swapped(self) -> AbstractContextManager[None]:
         """The average stands in the source inside of the `with`; after it, the source's weights are back, bit for bit.
 
         Values are exchanged in place: no tensor is replaced or moved, so compiled models see the average. It takes no
@@ -59,8 +58,7 @@ class AverageView:
             StateError: an average stands in the source already; or, at the end, a parameter was changed inside. The
                 source's weights are back then, too.
         """
-        with swapped(self._core, self.name):
-            yield
+        return swapped(self._core, self.name)
 
     def swap_in(self) -> None:
         """Puts the average into the source until `swap_out`, for callers that cannot use `with swapped()`.
@@ -68,19 +66,22 @@ class AverageView:
         Raises:
             StateError: an average stands in the source already.
         """
+        check_not_standing(self._core.source.bare, "swap_in()")
         try:
             swap_in(self._core, self.name)
         except BaseException:
-            if self._core.swapped == self.name:
-                swap_out(self._core)
+            swap_out(self._core)
             raise
 
     def swap_out(self) -> None:
         """Puts the source's own weights back; where no average stands in the source, does nothing.
 
         Raises:
-            StateError: a parameter was changed meanwhile; the source's weights are back all the same.
+            StateError: a parameter was changed meanwhile; the source's weights are back all the same. Or it is another
+                average that stands in the source.
         """
+        if self._core.swapped not in (None, self.name):
+            raise StateError(f"swap_out() of {self.name!r}: the average {self._core.swapped!r} stands in the model")
         raise_if_changed(swap_out(self._core))
 
     def weights(self) -> dict[str, Tensor]:
@@ -146,7 +147,7 @@ class AverageView:
         for entry in core.source.entries:
             wanted = entry.tensor.dtype if dtype is None or not entry.tensor.is_floating_point() else dtype
             copies[entry.name] = tensors.get(entry.name, entry.tensor).detach().to(wanted, copy=True)
-        return build_module(unwrap(core.source.model), core.source.entries, copies, owners=(self._owner, core))
+        return build_module(core.source.bare, core.source.entries, copies, owners=(self._owner, core))
 
     def live_module(self) -> nn.Module:
         """A copy of the bare model, in eval mode, whose tensors are the average's own, and so follow every update.
@@ -162,7 +163,7 @@ class AverageView:
         check_not_standing(core.source.bare, "live_module()")
         core.verify()
         tensors = core.store.tensors(self.name)
-        module = build_module(unwrap(core.source.model), core.source.entries, tensors, owners=(self._owner, core))
+        module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)
         return module
 

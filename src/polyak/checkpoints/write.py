@@ -25,15 +25,16 @@ def write_safetensors(
     # Imported here, so that `import polyak` loads torch alone.
     from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]  # PathLike of what, it says not
 
-    seen: set[int] = set()
-    separate: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        # The format has no shared tensors; whoever loads the file ties them again.
-        separate[name] = tensor.contiguous().clone() if id(tensor) in seen else tensor.contiguous()
-        seen.add(id(tensor))
     unknown = [name for name, tensor in tensors.items() if tensor.dtype == torch.complex128]
     if unknown:
         raise ValueError(f"the safetensors format has no complex128, the dtype of {listed(unknown)}; use state_dict()")
+    seen: set[int] = set()
+    separate: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        # The format has no shared memory; whoever loads the file ties tensors again.
+        storage = tensor.untyped_storage().data_ptr()
+        separate[name] = tensor.contiguous().clone() if storage in seen else tensor.contiguous()
+        seen.add(storage)
     with replacing(path) as temporary:
         save_file(separate, temporary, metadata={"format": "pt", **metadata})
 

@@ -2,19 +2,16 @@
 
 from .checksum import checksums as checksums
 from .eager import copy_ as copy_
-from .eager import lerp_ as lerp_
 from .finite import find_non_finite as find_non_finite
 from .halves import average_inside as average_inside
 from .halves import exchange_halves as exchange_halves
 from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
-from .journal import Operation as Operation
 from .journal import exchange as exchange
 from .memory import identity as identity
 from .memory import is_plain as is_plain
+from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
-from .memory import share_memory as share_memory
-from .memory import span as span
 from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
 from .plan import Row as Row

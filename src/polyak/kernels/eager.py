@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels.pieces import Batch, cut, scratch_elements
+from polyak.kernels.pieces import Batch, cut, scratch_for
 
 
 def lerp_(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -55,8 +55,7 @@ class Staged:
 
     def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
         average = rows[0][1]
-        scratch = torch.empty(scratch_elements(average.device), dtype=average.dtype, device=average.device)
-        self._batches: list[Batch] = cut(rows, scratch)
+        self._batches: list[Batch] = cut(rows, scratch_for(rows, average.dtype, average.device))
 
     def lerp_(self, weights: Sequence[float]) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""

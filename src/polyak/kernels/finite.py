@@ -11,16 +11,18 @@ from torch import Tensor
 def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """The positions of the tensors that hold a NaN or an infinity.
 
-    Reads each tensor once, and waits for the device once: a sum is finite where all of its terms are, unless it
-    overflows, and then a second look decides.
+    Reads each tensor once, and waits for each device once a dtype: a sum is finite where all of its terms are, unless
+    it overflows, and then a second look decides.
 
     Example:
         >>> find_non_finite([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.full((2,), 3e38)])
         [1]
     """
-    if not tensors:
-        return []
-    device = tensors[0].device
-    sums = torch.stack([tensor.sum().abs().to(device, torch.float64) for tensor in tensors])
-    suspects = [position for position, is_finite in enumerate(sums.isfinite().cpu()) if not bool(is_finite)]
-    return [position for position in suspects if not bool(tensors[position].isfinite().all())]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(position)
+    suspects: list[int] = []
+    for positions in groups.values():
+        finite = torch.stack([tensors[position].sum() for position in positions]).isfinite().cpu()
+        suspects += [positions[int(i)] for i in finite.logical_not().nonzero()]
+    return sorted(position for position in suspects if not bool(tensors[position].isfinite().all()))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polyak.kernels.eager import copy_
 from polyak.kernels.journal import Operation
-from polyak.kernels.pieces import Batch, cut, scratch_elements
+from polyak.kernels.pieces import Batch, cut, scratch_for
 
 _EXPONENT = 0x7F800000
 _LOWER = 0xFFFF
@@ -42,8 +42,7 @@ def exchange_halves(sources: list[Tensor], averages: list[Tensor]) -> tuple[list
     enter: list[Operation] = []
     leave: list[Operation] = []
     for device, rows in devices.items():
-        elements = min(scratch_elements(device), sum(row[0].numel() for row in rows))
-        words = torch.empty(elements, dtype=torch.int32, device=device)
+        words = scratch_for(rows, torch.int32, device)
         shorts = torch.empty_like(words)
         for batch in cut(rows, words):
             fill = partial(_fill, batch, _like(batch.scratch, shorts))

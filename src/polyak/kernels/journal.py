@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.kernels.eager import copy_
-from polyak.kernels.pieces import cut, scratch_elements
+from polyak.kernels.pieces import cut, scratch_for
 
 Operation = Callable[[], None]
 
@@ -50,8 +50,7 @@ def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
         pairs.setdefault((left.dtype, left.device), []).append((left, right))
     operations: list[Operation] = []
     for (dtype, device), rows in pairs.items():
-        elements = min(scratch_elements(device), sum(left.numel() for left, _ in rows))
-        for batch in cut(rows, torch.empty(elements, dtype=dtype, device=device)):
+        for batch in cut(rows, scratch_for(rows, dtype, device)):
             left, right = batch.columns
             operations += [
                 partial(copy_, batch.scratch, left),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,29 @@ def span(tensor: Tensor) -> tuple[str, int, int]:
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     start = tensor.data_ptr()
     return str(tensor.device), start, start + (reach + 1) * tensor.element_size()
+
+
+def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """The positions of every two plain tensors of which an element of one lies where an element of the other does.
+
+    Example:
+        >>> whole = torch.ones(4, 6)
+        >>> list(overlapping([whole[:, :3], whole[:, 3:], whole[2:], torch.ones(2)]))
+        [(0, 2), (1, 2)]
+    """
+    plain = [position for position, tensor in enumerate(tensors) if tensor.numel() > 0 and is_plain(tensor)]
+    # In the order of their beginnings; those that reach beyond the beginning of the next are still open.
+    opened: list[tuple[str, int, int]] = []
+    found: list[tuple[int, int]] = []
+    for device, start, end, position in sorted((*span(tensors[position]), position) for position in plain):
+        opened = [each for each in opened if each[0] == device and each[1] > start]
+        found += [
+            (min(position, other), max(position, other))
+            for _, _, other in opened
+            if share_memory(tensors[position], tensors[other])
+        ]
+        opened.append((device, end, position))
+    yield from sorted(found)
 
 
 def share_memory(one: Tensor, other: Tensor) -> bool:

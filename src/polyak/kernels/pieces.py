@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-# Elements of scratch: 1 Mi floats stay in the last-level cache of a CPU; a GPU wants fewer, larger launches.
+# Elements of scratch: 1 MiB of float32 stays in the cache of a CPU; a GPU wants fewer, larger launches.
 _CPU_ELEMENTS = 1 << 18
 _GPU_ELEMENTS = 1 << 24
 _PART_ELEMENTS = 1 << 20
@@ -31,9 +31,10 @@ class Batch:
     scratch: list[Tensor] = field(default_factory=list[Tensor])
 
 
-def scratch_elements(device: torch.device) -> int:
-    """How many elements a scratch buffer on this device has."""
-    return _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
+def scratch_for(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat scratch buffer for rows of tensors: bounded, and no larger than all of them."""
+    bound = _CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS
+    return torch.empty(min(bound, sum(row[0].numel() for row in rows)), dtype=dtype, device=device)
 
 
 def cut(rows: Sequence[Sequence[Tensor]], scratch: Tensor) -> list[Batch]:

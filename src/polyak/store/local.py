@@ -21,7 +21,8 @@ class LocalStore:
     Attributes:
         averages: for each profile, the averaged tensors by name. Every profile has the same names.
         copies: the tensors that are copied, by name; they are the same for all profiles.
-        pending: for each profile, growth that no update has applied yet.
+        pending: for each profile, growth that no update has applied yet. Here an update applies all of it; a store that
+            works beside the training may fall behind.
     """
 
     def __init__(
@@ -71,6 +72,11 @@ class LocalStore:
         store.pending = dict(self.pending)
         return store
 
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of averaged entries; every profile has the same."""
+        return next(iter(self.averages.values())).keys()
+
     def bind(self, entries: Sequence[Entry]) -> None:
         """Takes the tensors of these entries as the sources of all updates from now on."""
         assert self.swap is None
@@ -95,11 +101,10 @@ class LocalStore:
             self.copies[entry.name] = copy
 
     def _plan_updates(self) -> None:
-        first = next(iter(self.averages.values()))
         self.plan = Plan(
             [
                 Row(name, self._sources[name], tuple(averages[name] for averages in self.averages.values()))
-                for name in first
+                for name in self.names
             ]
         )
         self._copies = list(self.copies.values()), [self._sources[name] for name in self.copies]
