@@ -163,7 +163,7 @@ CONTENDERS = (
     Contender("torch AveragedModel", Kind.PEER, averaged_model),
     Contender("ema-pytorch", Kind.PEER, ema_pytorch_foreach),
     Contender("torch-ema", Kind.PEER, torch_ema_loop),
-    Contender("seed's formula", Kind.SEED, seed_formula),
+    Contender("timm ModelEma's formula", Kind.SEED, seed_formula),
     Contender("cached foreach", Kind.REFERENCE, cached_foreach),
     Contender("flat lerp", Kind.LIMIT, flat_lerp),
 )

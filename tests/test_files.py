@@ -50,6 +50,12 @@ def test_export_says_what_it_holds(tmp_path):
     assert (float(metadata["time"]), int(metadata["num_updates"])) == (32.0, 1)
 
 
+@pytest.mark.parametrize("name", ["x.pt", "x.pth", "x.ckpt"])
+def test_a_name_that_promises_another_kind_of_file_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}': an export is a safetensors file, and \.\w+ says"):
+        polyak.WeightAverage(zoo.mlp()).export(tmp_path / name)
+
+
 class TestWholeOrNotAtAll:
     @pytest.mark.protects
     def test_a_failure_leaves_the_old_file(self, tmp_path, monkeypatch):
@@ -64,8 +70,12 @@ class TestWholeOrNotAtAll:
         assert [file.name for file in tmp_path.iterdir()] == ["ema.safetensors"]
 
     def test_no_such_directory(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="nowhere"):
-            polyak.WeightAverage(zoo.mlp()).export(tmp_path / "nowhere" / "ema.safetensors")
+        with pytest.raises(IsADirectoryError, match="it is a folder, and the name of a file is needed"):
+            polyak.WeightAverage(zoo.mlp()).export(tmp_path)
+        with pytest.raises(
+            FileNotFoundError, match=r"x.safetensors' cannot be written: there is no folder '.*nowhere'"
+        ):
+            polyak.WeightAverage(zoo.mlp()).export(tmp_path / "nowhere" / "x.safetensors")
 
     def test_permissions_are_those_of_any_new_file(self, tmp_path):
         with write.replacing(tmp_path / "ours") as temporary:

@@ -597,6 +597,10 @@ class TestAttach:
         for wrong in ((), (model,)):
             with pytest.raises(TypeError, match=r"attach: .* is needed"):
                 average.attach(*wrong)
+        with pytest.raises(TypeError, match=r"attach: at=5 is no function; it gives the time"):
+            average.attach(optimizer, at=5)
+        with pytest.raises(ValueError, match=r"attach: this SGD trains no parameter of the model"):
+            average.attach(torch.optim.SGD(zoo.mlp().parameters(), lr=0.1))
         average.attach(optimizer)
         with pytest.raises(polyak.StateError, match=r"an optimizer is attached already"):
             average.attach(optimizer)

@@ -69,7 +69,7 @@ def test_power_refuses(arguments: dict[str, Any], message: str) -> None:
     [
         ({}, "give exactly one of decay=, half_life= and mean_age=; got none"),
         ({"decay": 0.9, "half_life": 5}, "give exactly one of .*; got decay=0.9 and half_life=5"),
-        ({"decay": 2000}, r"decay=2000 is outside \[0, 1\]; a length in steps is given as half_life=2000 or mean_age="),
+        ({"decay": 2000}, r"decay=2000 is outside \[0, 1\]; a length in steps is Exponential\(half_life=2000\)"),
         ({"decay": -0.1}, r"decay=-0.1 is outside \[0, 1\]; it is what the average keeps of itself in one step"),
         ({"decay": math.nan}, "decay=nan is outside"),
         ({"half_life": 0}, "half_life=0 must be above 0 and finite"),

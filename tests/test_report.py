@@ -59,6 +59,16 @@ def test_what_never_moved_although_the_model_did_is_named():
 
 
 @pytest.mark.protects
+def test_a_model_that_is_not_trained_is_noticed():
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model)
+    average.update()
+    assert "the model has not changed since the average was made" in str(average.report())
+    zoo.drift(model)
+    assert average.report().source_moved
+
+
+@pytest.mark.protects
 def test_an_average_longer_than_the_run_warns():
     average = polyak.WeightAverage(zoo.mlp(), {"long": polyak.Exponential(0.9999), "power": polyak.Power()})
     message = r"average 'long', Exponential\(decay=0.9999\), is longer than the run of 580: 94 % of it will still be"
@@ -68,6 +78,8 @@ def test_an_average_longer_than_the_run_warns():
     late = polyak.WeightAverage(zoo.mlp(), polyak.Exponential(half_life=300), start=900)
     with pytest.warns(UserWarning, match=r"79 % of it will still be"):
         late.report(total=1000)
+    with pytest.raises(ValueError, match=r"total=-1: the length of the run is a finite time above 0"):
+        late.report(total=-1)
 
 
 @pytest.mark.protects

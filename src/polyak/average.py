@@ -26,6 +26,7 @@ from polyak.swapping import check_not_standing, raise_if_changed, swap_out
 from polyak.view import AverageView, by_every_name
 
 _ONLY = "average"
+_ADAPT = ". Where the model was changed on purpose, adapt() follows it; a new model needs a new average"
 
 
 class WeightAverage:
@@ -43,8 +44,10 @@ class WeightAverage:
         model: the module being trained, bare or wrapped (torch.compile, DataParallel, DDP, checkpointing).
         profile: how past weights count; or several, by name. The default keeps the mean age of the weights at 11 % of
             the run so far, however long it gets, and so has no length to tune.
-        every: how many calls of `update` make one update; what is left out stays exact for a constant source.
-        start: from when on to average, in units of the time axis; until then each update copies the source.
+        every: how many calls of `update` make one update, which weighs as much as all of them: the same as if the
+            source had stood still between.
+        start: from when on to average, in units of the time axis; until then each update copies the source. The
+            profiles' time begins there.
         rules: what to do with tensors that the defaults do not suit: `{"*.expert_bias": "average",
             torch.nn.BatchNorm2d: "copy"}`; the first match wins. Keys are patterns of names, classes of modules, or
             functions of name and tensor; actions are average, copy and skip.
@@ -92,7 +95,7 @@ class WeightAverage:
             raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
         profiles = _named_profiles(profile)
         clock = Clock(every=every, start=float(start) if type(start) is int else start)
-        source = Source(model, rules or {}, any_device=device is not None)
+        source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
         store = LocalStore(
             source.entries, profiles, dtype=dtype, device=None if device is None else torch.device(device)
         )
@@ -158,6 +161,7 @@ class WeightAverage:
 
         Raises:
             StateError: an optimizer is attached already.
+            ValueError: an optimizer trains another model.
 
         Example:
             >>> model = nn.Linear(2, 2)
@@ -177,6 +181,17 @@ class WeightAverage:
                 raise TypeError(f"attach: a torch.optim.Optimizer is needed, not {type(optimizer).__name__}")
         if not optimizers:
             raise TypeError("attach: at least one optimizer is needed")
+        if at is not None and not callable(at):
+            raise TypeError(
+                f"attach: at={at!r} is no function; it gives the time after a step, as in at=lambda: num_images"
+            )
+        own = {id(entry.tensor) for entry in core.source.entries}
+        for optimizer in optimizers:
+            if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    f"attach: this {type(optimizer).__name__} trains no parameter of the model; make the optimizer and "
+                    "the average of the same model"
+                )
 
         def after_round() -> None:
             check_not_standing(core.source.bare, "optimizer.step()")

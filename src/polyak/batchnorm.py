@@ -31,7 +31,7 @@ def recalibrate_batchnorm(
     taken in float64.
 
     Averaged weights need this where their own statistics are not averaged with them: after a uniform average or a
-    merge, say. Inside of `with average.swapped():` what it computes stays with the average.
+    merge, say. Inside of `with average.swapped():` what it computes stays with the average until the next update.
 
     The module runs in training mode, as `module.train()` sets it, without gradients. Layers that are not in training
     mode then, or that no batch reaches, keep their statistics. Modes and momenta are as before afterwards, and so are

@@ -43,7 +43,8 @@ class ModelEma:
 
     Args:
         model: the module being trained, bare or wrapped in DataParallel, DDP or torch.compile.
-        decay: of the average at each update, from 0 to 1.
+        decay: of the average at each update, from 0 to 1. At 0.9999 its weights are 10,000 updates old on average: in a
+            run that is not several times as long, most of it is the weights that the model began with.
         device: where the average is, such as "cpu". Default: where the model is.
         resume: a file that `torch.save` wrote, with the average under "state_dict_ema". Where that key is missing, the
             average starts from the model's own weights, and a warning is logged.
@@ -96,6 +97,9 @@ class ModelEma:
     def module(self) -> nn.Module:
         """The same object as `ema`; timm's CheckpointSaver looks for it here."""
         return self.ema
+
+    def __repr__(self) -> str:
+        return f"<ModelEma of decay {self.decay} after {self._num_updates} updates>"
 
     def update(self, model: nn.Module) -> None:
         """Takes the model's weights into the average. Call it after `optimizer.step()`.

@@ -70,12 +70,23 @@ class EntryReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a `WeightAverage`, for reading and for printing."""
+    """The state of a `WeightAverage`, for reading and for printing.
+
+    Attributes:
+        num_calls: how often it was called.
+        num_updates: how many of the calls were updates.
+        num_skipped: how many updates were left out, because the model was not finite.
+        time: of the last call, in units of the time axis.
+        source_moved: whether the model has changed since the average was made, loaded or reset.
+        averages: what is to be said of each average.
+        entries: what is done to each tensor.
+    """
 
     num_calls: int
     num_updates: int
     num_skipped: int
     time: float
+    source_moved: bool
     averages: tuple[AverageReport, ...]
     entries: tuple[EntryReport, ...]
 
@@ -93,6 +104,8 @@ class Report:
         skipped = f" ({self.num_skipped} skipped: not finite)" if self.num_skipped else ""
         head = f"{self.num_updates} updates{skipped} in {self.num_calls} calls, time {self.time:g}, "
         head += f"{self.num_bytes:,} bytes"
+        if not self.source_moved and self.num_updates:
+            head += "\nthe model has not changed since the average was made: is it trained?"
         if self.stuck:
             head += f"\nnever moved, although the model did: {listed(self.stuck)}"
         averages = [("average", "profile", "decay", "mean age", "initial weights", "distance to source")]
@@ -120,6 +133,8 @@ class Report:
 def make_report(core: Core, *, total: float | None = None) -> Report:
     """Looks at a `WeightAverage`; `total` is the length of the run, for a warning where an average is longer."""
     clock, store = core.clock, core.store
+    if total is not None and not 0 < total < math.inf:
+        raise ValueError(f"total={total!r}: the length of the run is a finite time above 0")
     if total is not None:
         _warn_of_length(core.profiles, max(total - clock.start, 0.0))
     raw = store.raw()
@@ -141,7 +156,8 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
                 {part: _relative(squares) for part, squares in parts.items()},
             )
         )
-    stuck = _find_stuck(core)
+    moved = _find_moved(core, raw)
+    stuck = _find_stuck(core, moved)
     entries: list[EntryReport] = []
     for entry in core.source.entries:
         kept = [a[entry.name] for a in store.averages.values() if entry.name in a]
@@ -159,7 +175,15 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
                 entry.name in stuck,
             )
         )
-    return Report(clock.num_calls, clock.num_updates, clock.num_skipped, clock.time, tuple(averages), tuple(entries))
+    return Report(
+        num_calls=clock.num_calls,
+        num_updates=clock.num_updates,
+        num_skipped=clock.num_skipped,
+        time=clock.time,
+        source_moved=bool(moved),
+        averages=tuple(averages),
+        entries=tuple(entries),
+    )
 
 
 def _mean_age(profile: Profile, now: float) -> float:
@@ -182,21 +206,24 @@ def _warn_of_length(profiles: Mapping[str, Profile], total: float) -> None:
             )
 
 
-def _find_stuck(core: Core) -> set[str]:
-    """Averaged entries that are bit for bit what they were at first, in every average, although their source is not."""
+def _find_moved(core: Core, raw: Mapping[str, Tensor]) -> set[str]:
+    """Averaged entries whose source is not, bit for bit, what it was at first."""
+    names = list(core.store.names)
+    sums = checksums([raw[name] for name in names])
+    return {name for name, found in zip(names, sums, strict=True) if found != core.first_sums[name]}
+
+
+def _find_stuck(core: Core, moved: set[str]) -> set[str]:
+    """Those of the moved entries that are still, bit for bit, what they were at first, in every average."""
     if core.clock.num_updates == 0:
         return set()
-    raw = core.store.raw()
-    names = list(core.store.names)
-    moved = {n for n, s in zip(names, checksums([raw[name] for name in names]), strict=True) if s != core.first_sums[n]}
+    stuck = set(moved)
     for profile in core.profiles:
-        tensors = core.store.tensors(profile)
-        rest = [name for name in names if name in moved]
-        sums = checksums([tensors[name] for name in rest])
-        moved -= {
-            name for name, total in zip(rest, sums, strict=True) if total != core.first_average_sums[profile][name]
-        }
-    return moved
+        tensors, first = core.store.tensors(profile), core.first_average_sums[profile]
+        names = sorted(stuck)
+        sums = checksums([tensors[name] for name in names])
+        stuck -= {name for name, found in zip(names, sums, strict=True) if found != first[name]}
+    return stuck
 
 
 def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:

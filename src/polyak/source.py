@@ -58,6 +58,7 @@ class Source:
         include_frozen: average frozen parameters too.
         any_device: whether the model may move to another device.
         any_dtype: whether its floating-point tensors may be cast to any other floating-point dtype.
+        hint: what to do about a model with other tensors, at the end of the error.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class Source:
         include_frozen: bool = False,
         any_device: bool = False,
         any_dtype: bool = False,
+        hint: str = "",
     ) -> None:
         self.model = model
+        self._hint = hint
         self._include_frozen = include_frozen
         self._any_device = any_device
         self._any_dtype = any_dtype
@@ -92,6 +95,7 @@ class Source:
             include_frozen=self._include_frozen,
             any_device=self._any_device,
             any_dtype=self._any_dtype,
+            hint=self._hint,
         )
 
     def is_current(self) -> bool:
@@ -126,7 +130,7 @@ class Source:
         """
         model = self.model if model is None else model
         known = {entry.name: entry for entry in self.entries}
-        found = match_sites(model, self.entries, given_by="the model", rules=self._rules)
+        found = match_sites(model, self.entries, given_by="the model", rules=self._rules, hint=self._hint)
         entries: list[Entry] = []
         for name, sites in found.items():
             tensor = sites[0].tensor
@@ -180,7 +184,7 @@ def _check_still_frozen(name: str, tensor: Tensor) -> None:
 
 
 def match_sites(
-    model: nn.Module, entries: Iterable[Entry], *, given_by: str, rules: Rules | None = None
+    model: nn.Module, entries: Iterable[Entry], *, given_by: str, rules: Rules | None = None, hint: str = ""
 ) -> dict[str, tuple[Site, ...]]:
     """The places of a model that hold what these entries are, by name, after everything was checked.
 
@@ -200,10 +204,10 @@ def match_sites(
         {name: [name, *map(rename, entry.aliases)] for name, entry in strict.items()},
         given_by=given_by,
         wanted_by="the average",
-        hint=". Where a model changes on purpose, WeightAverage.adapt() follows it; a new one needs a new average",
+        hint=hint,
     )
     for name, entry in strict.items():
-        _check_same_kind(entry, found[name][0].tensor, given_by=given_by)
+        _check_same_kind(entry, found[name][0].tensor, given_by=given_by, hint=hint)
     return found
 
 
@@ -246,11 +250,11 @@ def check_same_names(
             )
 
 
-def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str) -> None:
+def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str, hint: str) -> None:
     if tensor.shape != entry.shape:
         difference = f"the shape {tuple(tensor.shape)}, not {tuple(entry.shape)}"
     elif kind_of(tensor.dtype) != kind_of(entry.dtype):
         difference = f"the dtype {tensor.dtype}, not {entry.dtype}"
     else:
         return
-    raise MismatchError(f"{entry.name!r} of {given_by} has {difference}. Nothing was written")
+    raise MismatchError(f"{entry.name!r} of {given_by} has {difference}. Nothing was written{hint}")

@@ -23,6 +23,8 @@ from polyak.profiles import Profile
 from polyak.source import Watch, match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
 
+_PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
+
 
 class AverageView:
     """One average by its name, as `average[name]` gives it. It holds nothing of its own.
@@ -179,6 +181,7 @@ class AverageView:
 
         Raises:
             OSError: the file cannot be written; one that was there is as it was.
+            ValueError: the name is one for files of another kind, or a dtype is unknown to the format.
             StateError: a frozen parameter has changed.
         """
         core = self._core
@@ -192,6 +195,11 @@ class AverageView:
         if left_out:
             warnings.warn(f"left out of the file, which holds tensors only: {listed(left_out)}", stacklevel=outside())
         target = Path(path)
+        if target.suffix in _PICKLED:
+            raise ValueError(
+                f"{os.fspath(path)!r}: an export is a safetensors file, and {target.suffix} says that it is one of "
+                "torch.save; name it .safetensors, or torch.save(average.weights(), ...)"
+            )
         if is_adapted(bare):
             tensors = adapter_weights(bare, tensors)
             if target.is_dir():

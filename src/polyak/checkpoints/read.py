@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import re
 from typing import Any, cast
 
 import torch
@@ -30,10 +31,17 @@ def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         raise FileFormatError(
-            f"{os.fspath(path)!r} is damaged, or holds objects whose loading could run code, and is not read: {error}"
+            f"{os.fspath(path)!r} is damaged, or holds objects whose loading could run code, and is not read"
+            f"{_which(error)}"
         ) from error
     except Exception as error:
         raise FileFormatError(f"{os.fspath(path)!r} cannot be read: {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise FileFormatError(f"{os.fspath(path)!r} holds a {type(content).__name__}, not a dictionary")
     return cast("dict[str, Any]", content)
+
+
+def _which(error: pickle.UnpicklingError) -> str:
+    """The object that was refused, where torch names it; its advice to load it all the same is left out."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f": {found[1]}" if found else ""

@@ -46,6 +46,12 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Path, None, None]:
     If anything fails before that, the temporary file is gone and `path` is as it was.
     """
     target = Path(path).absolute()
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{os.fspath(path)!r} cannot be written: there is no folder {str(target.parent)!r}")
+    if target.is_dir():
+        raise IsADirectoryError(
+            f"{os.fspath(path)!r} cannot be written: it is a folder, and the name of a file is needed"
+        )
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
     os.close(handle)
     temporary = Path(name)

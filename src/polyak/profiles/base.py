@@ -137,6 +137,8 @@ class Profile(abc.ABC):
         Without a closed form, the average is taken as updated at every whole step s, and
         mean_age(now) = sum of g(s) / g(now) over 0 <= s < now.
 
+        `Power` and `Uniform` give the limit of many updates, in which time is continuous: now / (exponent + 2).
+
         Args:
             now: Time at which the average is taken, by default the limit of a long run.
 

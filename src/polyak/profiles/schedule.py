@@ -24,9 +24,17 @@ class Schedule(Profile):
         g(step) = g(step - 1) / decay(step)
         weight(step - 1, step) = 1 - decay(step)
 
-    Its time axis is steps, whole ones; step 1 is the first update. "inverse-gamma" (timm, ema-pytorch, k-diffusion),
-    "tensorflow" (torch-ema, too), "diffusers", "ultralytics", "cosine" (BYOL, DINO), "linear" (Ignite), "polynomial"
-    (Shamir and Zhang), "mmengine" and "half-life-ramp" (EDM2) are there; `register_schedule` adds others.
+    Its time axis is steps, whole ones; step 1 is the first update. `register_schedule` adds others to these:
+
+        "inverse-gamma"   decay=0.9999, min_decay=0, update_after=0, gamma=1, power=2/3; timm, ema-pytorch, k-diffusion
+        "tensorflow"      decay=0.999; torch-ema, too
+        "diffusers"       decay=0.9999, min_decay=0, update_after=0
+        "ultralytics"     decay=0.9999, tau=2000
+        "cosine"          num_steps, base=0.996; BYOL, DINO
+        "linear"          first_decay, last_decay, num_steps; Ignite
+        "polynomial"      eta=3; Shamir and Zhang
+        "mmengine"        decay=0.9998, gamma=100
+        "half-life-ramp"  half_life, ratio=0.09; EDM2
 
     Args:
         name: Name of a registered function.
