@@ -192,6 +192,21 @@ def test_another_model_is_an_error_and_nothing_is_written():
     ema.update(model)
 
 
+@pytest.mark.protects
+def test_layers_in_another_order_are_matched_by_name():
+    class Model(nn.Module):
+        def __init__(self, names):
+            super().__init__()
+            for name in names:
+                setattr(self, name, nn.Linear(2, 2))
+
+    model, reordered = Model(["first", "second"]), Model(["second", "first"])
+    ema = polyak.ModelEma(model, decay=0.0)
+    ema.update(reordered)
+    assert torch.equal(ema.ema.first.weight, reordered.first.weight)
+    assert torch.equal(ema.ema.second.weight, reordered.second.weight)
+
+
 class TestPeopleMoveLoadAndSaveTheAverage:
     def test_loaded_in_place(self):
         model = zoo.mlp()
