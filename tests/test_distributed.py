@@ -1,4 +1,4 @@
-"""Data-parallel training in real processes: each rank's average is the same, bit for bit, without a word between them."""
+"""Data-parallel training in real processes: the averages of all ranks are the same, bit for bit, without a message."""
 
 import sys
 
