@@ -374,6 +374,16 @@ class TestUpdates:
         average.update()
         torch.testing.assert_close(average.weights()["0.bias"], before + 0.5)
 
+    @pytest.mark.protects
+    def test_freed_memory_is_not_read(self):
+        model = zoo.mlp()
+        average = polyak.WeightAverage(model)
+        before = zoo.clone(average._core.store.averages["average"])
+        model[0].weight.untyped_storage().resize_(0)
+        with pytest.raises(polyak.StateError, match=r"the memory of '0.weight' was freed, by offloading or sharding"):
+            average.update()
+        assert zoo.bit_equal(average._core.store.averages["average"], before)
+
     def test_transposed_data_at_the_same_address(self):
         model = nn.Linear(3, 3, bias=False)
         average = polyak.WeightAverage(model, polyak.Exponential(0.0))

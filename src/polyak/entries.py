@@ -19,7 +19,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import MismatchError, StateError, listed, outside
-from polyak.kernels import identity, is_plain, overlapping, overlaps_itself
+from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
@@ -273,6 +273,11 @@ def _check_initialised(site: Site) -> None:
         raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
     if tensor.is_meta:
         raise StateError(f"{site.name!r} is on the meta device and has no values; materialise the model first")
+    if is_freed(tensor):
+        raise StateError(
+            f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
+            "average reads them"
+        )
     if site.is_parameter and tensor.numel() == 0:
         raise StateError(
             f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "

@@ -9,6 +9,7 @@ from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
 from .journal import exchange as exchange
 from .memory import identity as identity
+from .memory import is_freed as is_freed
 from .memory import is_plain as is_plain
 from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself

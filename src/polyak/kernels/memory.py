@@ -26,6 +26,18 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the memory of a plain tensor was given back, as offloading and sharding do, while its shape stays.
+
+    torch itself reads such a tensor all the same, from wherever it points to.
+    """
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return False
+    _, start, end = span(tensor)
+    offset = tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() < offset + end - start
+
+
 def identity(tensor: Tensor) -> object:
     """Equal for two tensors exactly when they are one: the same memory, seen in the same way.
 
