@@ -38,6 +38,29 @@ def test_wrappers_leave_no_trace_in_names(wrap):
     assert [entry.name for entry in resolve(model, {})] == list(model.state_dict())
 
 
+class PassesOn(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs, **options):
+        return self.module(*inputs, **options)
+
+
+class HoldsOnly(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("wrap", [PassesOn, HoldsOnly])
+def test_wrappers_of_ones_own_leave_no_trace_either(wrap):
+    model = zoo.batchnorm()
+    assert list(actions(wrap(model))) == list(model.state_dict())
+    assert unwrap(wrap(wrap(model))) is model
+
+
 def test_a_part_that_is_called_module_keeps_its_name():
     class Model(nn.Module):
         def __init__(self):

@@ -124,7 +124,9 @@ def _wraps(model: nn.Module) -> bool:
 
 
 def _passes_on(forward: Callable[..., Any]) -> bool:
-    """Whether a function is of the form `return self.module(...)`: it looks nothing else up, and computes nothing."""
+    """Whether a function is of the form `return self.module(...)`, or not written: it computes nothing of its own."""
+    if forward is nn.Module.forward:
+        return True
     code = getattr(forward, "__code__", None)
     if code is None or code.co_names != ("module",):
         return False
