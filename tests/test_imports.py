@@ -74,6 +74,7 @@ def test_public_names():
         "StateError",
         "Uniform",
         "WeightAverage",
+        "dead_zone",
         "decay_to_half_life",
         "decay_to_mean_age",
         "decay_to_relative_std",

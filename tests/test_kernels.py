@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from polyak.kernels import Journal, Plan, Row, average_dtype, exchange, native
+from polyak.kernels import Journal, Plan, Row, average_dtype, dead_zone, exchange, native
 from polyak.kernels import pieces as pieces_room
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.pieces import cut, is_dense
@@ -212,3 +212,38 @@ class TestHalves:
                 assert torch.equal(source, upper_half(before["average"])), name
                 Journal(leave).run()
                 assert zoo.bit_equal({"source": source, "average": average}, before), name
+
+
+class TestDeadZone:
+    @pytest.mark.parametrize(
+        ("dtype", "decays"),
+        [
+            (torch.bfloat16, {0.99: 0.39, 0.999: 3.9, 0.9999: 39, 0.99999: 390}),
+            (torch.float16, {0.99: 0.049, 0.999: 0.49, 0.9999: 4.9, 0.99999: 49}),
+            (torch.float32, {0.99: 6e-6, 0.999: 6e-5, 0.9999: 6.0e-4, 0.99999: 6.0e-3}),
+        ],
+        ids=str,
+    )
+    def test_is_what_the_bits_give(self, dtype, decays):
+        for decay, published in decays.items():
+            assert dead_zone(dtype, decay) == pytest.approx(published, rel=0.02)
+        assert dead_zone(dtype, 1.0) == float("inf")
+
+    @pytest.mark.parametrize(("dtype", "decay"), [(torch.float32, 0.9999), (torch.float32, 0.99999)])
+    def test_an_average_stops_there(self, dtype, decay):
+        """1 and a source at 1.3: in float32 the average stops 5.96e-4 and 5.96e-3 short of it, and no nearer."""
+        average, source = torch.ones((), dtype=dtype), torch.tensor(1.3, dtype=dtype)
+        plan = Plan([Row("x", source, (average,))])
+        for step in range(40):
+            average.copy_(source - 2.0**-5 * 1.3 * 0.75**step)
+            before = average.clone()
+            plan.run([1 - decay])
+            gap = float(source - before)
+            assert (average != before) or gap <= dead_zone(dtype, decay) * float(before)
+            assert (average == before) or gap >= dead_zone(dtype, decay) * float(before) / 4
+
+    def test_impossible_arguments(self):
+        with pytest.raises(ValueError, match=r"decay=2 is outside \[0, 1\]"):
+            dead_zone(torch.float32, 2)
+        with pytest.raises(ValueError, match=r"floating-point tensors cannot be cast to torch.int64"):
+            dead_zone(torch.int64, 0.9)

@@ -9,6 +9,7 @@ from .errors import FileFormatError as FileFormatError
 from .errors import MismatchError as MismatchError
 from .errors import PolyakError as PolyakError
 from .errors import StateError as StateError
+from .kernels import dead_zone as dead_zone
 from .model_ema import ModelEma as ModelEma
 from .profiles import Exponential as Exponential
 from .profiles import Power as Power

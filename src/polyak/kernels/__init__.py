@@ -19,4 +19,5 @@ from .plan import Row as Row
 from .precision import average_dtype as average_dtype
 from .precision import check_average_dtype as check_average_dtype
 from .precision import check_floating_point as check_floating_point
+from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of

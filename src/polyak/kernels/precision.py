@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -37,20 +39,42 @@ def check_floating_point(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype={dtype}: floating-point tensors cannot be cast to {dtype}")
 
 
-def check_average_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError where averages of this dtype would freeze, or are none.
+def dead_zone(dtype: torch.dtype, decay: float) -> float:
+    """How far a source may be from its average, relative to the average, without ever moving it.
 
-    Nearest rounding drops an update of `weight * (source - average)` that is below half the average's last bit, so an
-    average in 16 bits stands still unless its source is far away. With `u = eps / 4` to `eps / 2`, the relative
-    distance that it ignores at a weight of 1e-4 (decay 0.9999) is `u / weight`.
+        dead_zone = (eps / 2) / (1 - decay)
+
+    An update adds `(1 - decay) * (source - average)`, and nearest rounding drops what is below half of the average's
+    last bit, which is at most eps / 2 of it. An average does not get nearer to its source than that.
+
+    Args:
+        dtype: of the average; floating-point.
+        decay: of the average at each update, from 0 to 1.
+
+    Raises:
+        TypeError: the dtype is none.
+        ValueError: the dtype is not floating-point, or the decay is outside of [0, 1].
+
+    Example:
+        >>> [float(f"{dead_zone(dtype, 0.9999):.2g}") for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+        [39.0, 4.9, 0.0006]
+
+    Source: Zamirai et al., Revisiting BFloat16 training, 2020.
     """
     check_floating_point(dtype)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay!r} is outside [0, 1]")
+    return torch.finfo(dtype).eps / 2 / (1 - decay) if decay < 1 else math.inf
+
+
+def check_average_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError where averages of this dtype would freeze, or are none."""
+    check_floating_point(dtype)
     if dtype in _HALF:
-        eps = torch.finfo(dtype).eps
         raise ValueError(
             f"dtype={dtype}: an average in 16 bits does not move. With nearest rounding and decay 0.9999 it ignores "
-            f"every change below {eps / 4 / 1e-4:.3g} to {eps / 2 / 1e-4:.3g} times its value; "
-            "use torch.float32, and give dtype= to export() for a small file"
+            f"every change below {dead_zone(dtype, 0.9999):.3g} times its value; use torch.float32, and give dtype= to "
+            "export() for a small file"
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype={dtype}: averages are kept in torch.float32 or torch.float64")
