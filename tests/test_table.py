@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations
 
 import polyak
@@ -275,3 +277,26 @@ def test_every_model_under_every_wrapper_through_every_operation(model, wrapper,
             operation(run)
     else:
         operation(run, *arguments)
+
+
+@pytest.mark.protects
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_parameters_under_fsdp_have_their_bare_names():
+    """Where every rank has all of them; shards are refused by name."""
+
+    def wrap(model):
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    run = Run(zoo.mlp, wrap, features)
+    assert list(run.actions) == list(zoo.mlp().state_dict())
+    run.train()
+    update(run)
+    raw = zoo.clone(run.state())
+    with run.average.swapped():
+        inside = run.outputs(run.model)
+    assert not torch.equal(inside, run.outputs(run.model))
+    assert zoo.bit_equal(run.state(), raw)
+    zoo.mlp().load_state_dict(run.average.weights(), strict=True)
+    sharded = fully_shard(zoo.mlp(), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(polyak.StateError, match=r"'0.weight' is a DTensor, and sharded models cannot be averaged yet"):
+        polyak.WeightAverage(sharded)
