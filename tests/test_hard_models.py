@@ -256,8 +256,28 @@ class TestSwap:
             for call in (other.update, other.swap_in, lambda: other.swapped().__enter__(), lambda: ema.update(model)):
                 with pytest.raises(polyak.StateError, match=r"the average 'average' stands in the model now"):
                     call()
+            # What is not swapped cannot be swapped out, and what is stays.
+            other.swap_out()
+            with pytest.raises(polyak.StateError, match=r"the average 'average' stands in the model now"):
+                other.update()
+            with pytest.raises(polyak.StateError, match=r"swap_in\(\) inside of swapped\(\)"):
+                one.swap_in()
+            assert one.is_swapped
+        another = zoo.mlp()
+        elsewhere = polyak.WeightAverage(another, HALF)
+        with elsewhere.swapped(), pytest.raises(polyak.StateError, match=r"update\(\) inside of swapped"):
+            ema.update(another)
         other.update()
         ema.update(model)
+
+    def test_swapping_out_another_average_than_the_one_that_stands_there(self):
+        average = polyak.WeightAverage(zoo.mlp(), {"one": HALF, "two": polyak.Uniform()})
+        with average["one"].swapped():
+            with pytest.raises(
+                polyak.StateError, match=r"swap_out\(\) of 'two': the average 'one' stands in the model"
+            ):
+                average["two"].swap_out()
+            assert average.is_swapped
 
     @pytest.mark.protects
     @pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
