@@ -66,6 +66,17 @@ def test_every_layout_and_weight_and_several_averages(dtype, elements, kernels, 
         assert zoo.bit_equal(sources, before)
 
 
+@pytest.mark.protects
+@pytest.mark.parametrize("kernels", KERNELS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_source_and_an_average_of_different_layouts(dtype, kernels):
+    source = random(dtype, 12, 35)
+    average = torch.randn(35, 12, dtype=average_dtype(dtype)).t()
+    expected = slow_lerp(source, average, 0.25)
+    Plan([Row("x", source, (average,))], kernels=kernels).run([0.25])
+    assert torch.equal(average, expected)
+
+
 def test_a_weight_of_one_copies_whatever_the_average_held():
     source, average = torch.tensor([1.0, 2.0, float("inf")]), torch.tensor([float("nan"), float("inf"), 3.0])
     Plan([Row("x", source, (average,))]).run([1.0])
