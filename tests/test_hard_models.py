@@ -593,6 +593,7 @@ class TestAttach:
         self.train(model, optimizer, 6, scaler=scaler, overflow_at=(2, 5))
         assert average.num_updates == 4
 
+    @pytest.mark.protects
     def test_several_optimizers_make_one_update_a_round(self):
         model = zoo.mlp()
         optimizers = [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (model[0], model[2])]

@@ -192,6 +192,7 @@ class TestHalves:
         raw = torch.randint(-(1 << 15), 1 << 15, words.shape, dtype=torch.int16)
         return raw.view(torch.bfloat16), words.view(torch.float32)
 
+    @pytest.mark.protects
     @pytest.mark.parametrize("elements", [1000, 1 << 18])
     def test_every_upper_half_goes_in_and_comes_back(self, elements, monkeypatch):
         monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
@@ -205,6 +206,7 @@ class TestHalves:
         Journal(leave).run()
         assert zoo.bit_equal({"x": source, "y": slot}, {"x": raw, "y": quiet(average)})
 
+    @pytest.mark.protects
     def test_rounds_as_torch_does_but_for_ties(self):
         _, average = self.every_kind()
         finite = average[average.isfinite()]

@@ -81,6 +81,7 @@ def test_integers_and_booleans_are_copied():
     assert ema.ema.scalar == 2
 
 
+@pytest.mark.protects
 def test_shares_no_storage_with_the_model_and_frozen_parameters_are_averaged():
     model = zoo.mlp()
     model[0].requires_grad_(False)
@@ -216,6 +217,7 @@ class TestPeopleMoveLoadAndSaveTheAverage:
         ema.update(model)
         torch.testing.assert_close(ema.ema[0].weight, model[0].weight.detach() / 2)
 
+    @pytest.mark.protects
     def test_replaced_tensors_are_followed(self):
         model = zoo.mlp()
         ema = polyak.ModelEma(model, decay=0.5)

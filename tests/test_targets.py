@@ -175,6 +175,7 @@ def test_a_tie_on_one_side_only_is_an_error():
     assert torch.equal(tied, torch.ones(2))
 
 
+@pytest.mark.protects
 def test_a_target_that_shares_memory_is_an_error():
     target, source = pair()
     target[2].weight = source[2].weight
@@ -247,6 +248,7 @@ def test_an_average_that_stands_in_a_module_is_an_error():
     lerp_(target, source, weight=0.5)
 
 
+@pytest.mark.protects
 def test_a_graph_that_used_the_target_notices():
     target, source = pair()
     zoo.drift(source)
