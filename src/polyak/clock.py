@@ -35,7 +35,7 @@ class Clock:
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
             raise ValueError(f"every={self.every!r}: an update is made every 1, 2, 3, ... calls")
-        if isinstance(self.start, bool) or not isinstance(self.start, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(self.start, bool) or not isinstance(self.start, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
             raise TypeError(f"start={self.start!r}: a number is needed, in units of the time axis")
         if not 0 <= self.start < math.inf:
             raise ValueError(f"start={self.start!r}: the start is a finite time, 0 or later, in units of the time axis")
