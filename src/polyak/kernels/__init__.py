@@ -15,7 +15,7 @@ from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
 from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
-from .plan import Row as Row
+from .row import Row as Row
 from .precision import average_dtype as average_dtype
 from .precision import check_average_dtype as check_average_dtype
 from .precision import check_floating_point as check_floating_point

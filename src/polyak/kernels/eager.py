@@ -12,7 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels.pieces import Batch, cut, scratch_for
+from polyak.kernels.noise import draw
+from polyak.kernels.pieces import Batch, cut, like, scratch_for
+from polyak.kernels.rounding import round_stochastically
+from polyak.kernels.row import Row
 
 
 def lerp_(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:
@@ -38,29 +41,72 @@ def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
 class Foreach:
     """Averages of the source's dtype on its device: one call for all tensors of a profile."""
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
-        self._sources, *self._columns = (list(column) for column in zip(*rows, strict=True))
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._sources, *self._columns = map(list, zip(*(row.tensors for row in rows), strict=True))
 
-    def lerp_(self, weights: Sequence[float]) -> None:
+    def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         for column, weight in zip(self._columns, weights, strict=True):
             lerp_(column, self._sources, weight)
 
 
 class Staged:
-    """Averages whose dtype or device is not the source's: the source goes through a scratch buffer, batch by batch.
+    """Averages of another dtype or device than the source, or of another mode than plain.
 
-    Each source is read and converted once, however many averages it has.
+    What is needed of them goes through scratch buffers, batch by batch. Each source is read and converted once, however
+    many averages it has.
     """
 
-    def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
-        average = rows[0][1]
-        self._batches: list[Batch] = cut(rows, scratch_for(rows, average.dtype, average.device))
+    def __init__(self, rows: Sequence[Row]) -> None:
+        first = rows[0].averages[0]
+        self._num_averages = len(rows[0].averages)
+        self._mode = rows[0].mode
+        self._dtype = first.dtype
+        wide = torch.float32 if self._mode == "stochastic" else first.dtype
+        columns = [row.tensors for row in rows]
+        scratch = scratch_for(columns, wide, first.device)
+        self._batches: list[Batch] = cut(columns, scratch)
+        num_more = {"plain": 0, "compensated": 2, "stochastic": 1}[self._mode]
+        self._scratch = [scratch, *(torch.empty_like(scratch) for _ in range(num_more))]
+        self._rows = rows
 
-    def lerp_(self, weights: Sequence[float]) -> None:
+    def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         for batch in self._batches:
-            sources, *averages = batch.columns
-            torch._foreach_copy_(batch.scratch, sources)
-            for column, weight in zip(averages, weights, strict=True):
-                lerp_(column, batch.scratch, weight)
+            sources = batch.columns[0]
+            averages = batch.columns[1 : 1 + self._num_averages]
+            seconds = batch.columns[1 + self._num_averages :]
+            copy_(batch.scratch, sources)
+            random = draw(batch, self._rows, step) if self._mode == "stochastic" else None
+            for column, weight in enumerate(weights):
+                if weight == 0.0:
+                    continue
+                if self._mode == "plain":
+                    lerp_(averages[column], batch.scratch, weight)
+                elif random is None:
+                    self._compensated(batch, averages[column], seconds[column], weight)
+                else:
+                    self._stochastic(batch, averages[column], weight, random)
+
+    def _compensated(self, batch: Batch, averages: list[Tensor], seconds: list[Tensor], weight: float) -> None:
+        source, average, second = (flat[: batch.num_elements] for flat in self._scratch)
+        if weight == 1.0:
+            copy_(averages, batch.scratch)
+            torch._foreach_zero_(seconds)
+            return
+        copy_(like(batch.scratch, average), averages)
+        copy_(like(batch.scratch, second), seconds)
+        second.lerp_(source - average, weight)
+        new = average + second
+        second.add_(average.sub_(new))
+        copy_(averages, like(batch.scratch, new))
+        copy_(seconds, like(batch.scratch, second))
+
+    def _stochastic(self, batch: Batch, averages: list[Tensor], weight: float, random: Tensor) -> None:
+        source, average = (flat[: batch.num_elements] for flat in self._scratch)
+        high, low = source, torch.zeros_like(source)
+        if weight != 1.0:
+            copy_(like(batch.scratch, average), averages)
+            high = torch.lerp(average, source, weight)
+            low = (source - average).mul_(weight).sub_(high - average)
+        copy_(averages, like(batch.scratch, round_stochastically(high, low, random, self._dtype)))

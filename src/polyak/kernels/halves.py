@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polyak.kernels.eager import copy_
 from polyak.kernels.journal import Operation
-from polyak.kernels.pieces import Batch, cut, scratch_for
+from polyak.kernels.pieces import Batch, cut, like, scratch_for
 
 _EXPONENT = 0x7F800000
 _LOWER = 0xFFFF
@@ -43,9 +43,9 @@ def exchange_halves(sources: list[Tensor], averages: list[Tensor]) -> tuple[list
     leave: list[Operation] = []
     for device, rows in devices.items():
         words = scratch_for(rows, torch.int32, device)
-        shorts = torch.empty_like(words)
+        shorts = torch.emptylike(words)
         for batch in cut(rows, words):
-            fill = partial(_fill, batch, _like(batch.scratch, shorts))
+            fill = partial(_fill, batch, like(batch.scratch, shorts))
             enter += [fill, partial(_enter, batch, words, shorts)]
             leave += [fill, partial(_leave, batch, words, shorts)]
     return enter, leave
@@ -89,8 +89,8 @@ def _leave(batch: Batch, words: Tensor, shorts: Tensor) -> None:
 
 def _write(batch: Batch, words: Tensor, shorts: Tensor) -> None:
     averages, sources = batch.columns
-    copy_(averages, _like(batch.scratch, words))
-    copy_(sources, _like(batch.scratch, shorts))
+    copy_(averages, like(batch.scratch, words))
+    copy_(sources, like(batch.scratch, shorts))
 
 
 def _upper(words: Tensor) -> Tensor:
@@ -106,8 +106,3 @@ def _joined(words: Tensor, shorts: Tensor) -> Tensor:
     unsigned = shorts.bitwise_and(0x7FFF) > _INFINITY
     rest = torch.where(unsigned, rest.bitwise_and(_LOWER), rest)
     return rest.add_(shorts.bitwise_left_shift(16))
-
-
-def _like(pieces: list[Tensor], flat: Tensor) -> list[Tensor]:
-    """Pieces of another flat tensor, at the offsets and in the shapes of the given ones."""
-    return [flat[p.storage_offset() : p.storage_offset() + p.numel()].view(p.shape) for p in pieces]

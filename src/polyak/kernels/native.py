@@ -48,9 +48,10 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def is_supported(source: Tensor, average: Tensor) -> bool:
+def is_supported(row) -> bool:
     """Whether the C kernel can update this average from this source."""
-    return (
+    source, average = row.source, row.averages[0]
+    return row.mode == "plain" and (
         (source.dtype, average.dtype) in _FUNCTIONS
         and source.device.type == average.device.type == "cpu"
         and (source.dim() <= 1 or source.stride() == average.stride())
@@ -69,6 +70,7 @@ class Native:
     def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
         compiled = library()
         assert compiled is not None
+        rows=[row.tensors for row in rows]
         source, *averages = rows[0]
         self._function = compiled[_FUNCTIONS[source.dtype, averages[0].dtype]]
         self._function.argtypes = [
@@ -85,7 +87,7 @@ class Native:
         self._table = torch.cat([_chunks(row) for row in rows])
         self._weights = (ctypes.c_double * len(averages))()
 
-    def lerp_(self, weights: Sequence[float]) -> None:
+    def run(self, weights: Sequence[float], step) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         self._weights[:] = list(weights)
         self._function(

@@ -24,11 +24,15 @@ class Batch:
 
     Attributes:
         columns: one list of pieces for each list of tensors that was cut.
-        scratch: contiguous pieces of the same shapes.
+        scratch: contiguous pieces of the same shapes, one after another.
+        rows: the number of the row that each piece was cut from.
+        num_elements: of all pieces of a column.
     """
 
     columns: list[list[Tensor]]
     scratch: list[Tensor] = field(default_factory=list[Tensor])
+    rows: list[int] = field(default_factory=list[int])
+    num_elements: int = 0
 
 
 def scratch_for(rows: Sequence[Sequence[Tensor]], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -45,18 +49,23 @@ def cut(rows: Sequence[Sequence[Tensor]], scratch: Tensor) -> list[Batch]:
         scratch: a flat tensor; its batches are used one after another, so all share it.
     """
     batches: list[Batch] = []
-    used = scratch.numel()
-    for row in rows:
+    for number, row in enumerate(rows):
         for pieces in _split(tuple(row), scratch.numel()):
             size = pieces[0].numel()
-            if used + size > scratch.numel():
+            if not batches or batches[-1].num_elements + size > scratch.numel():
                 batches.append(Batch([[] for _ in pieces]))
-                used = 0
-            for column, piece in zip(batches[-1].columns, pieces, strict=True):
+            batch = batches[-1]
+            for column, piece in zip(batch.columns, pieces, strict=True):
                 column.append(piece)
-            batches[-1].scratch.append(scratch[used : used + size].view(pieces[0].shape))
-            used += size
+            batch.scratch.append(scratch[batch.num_elements :][:size].view(pieces[0].shape))
+            batch.rows.append(number)
+            batch.num_elements += size
     return batches
+
+
+def like(pieces: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
+    """Pieces of another flat tensor, at the offsets and in the shapes of the given ones."""
+    return [flat[p.storage_offset() : p.storage_offset() + p.numel()].view(p.shape) for p in pieces]
 
 
 def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:

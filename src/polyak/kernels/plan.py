@@ -15,24 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from polyak.errors import listed
 from polyak.kernels.eager import Foreach, Staged
 from polyak.kernels.native import Native, is_supported, library
+from polyak.kernels.rounding import step_key
+from polyak.kernels.row import Mode, Row, real_rows
 
 KERNELS = {"native": Native, "foreach": Foreach, "staged": Staged}
 
 _MAX_NAMES = 4
-
-
-@dataclass(frozen=True)
-class Row:
-    """One source tensor and its averages, one a profile; their name is for printing only."""
-
-    name: str
-    source: Tensor
-    averages: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -46,44 +38,53 @@ class _Group:
         more = f" and {len(self.rows) - _MAX_NAMES} more" if len(self.rows) > _MAX_NAMES else ""
         tensors = f"{len(self.rows)} tensor" + "s" * (len(self.rows) != 1)
         elements = sum(row.source.numel() for row in self.rows)
-        return f"{self.kernel}: {tensors}, {elements} elements ({self.reason}): {names}{more}"
+        mode = "" if self.rows[0].mode == "plain" else f"{self.rows[0].mode}, "
+        return f"{self.kernel}: {tensors}, {elements} elements ({mode}{self.reason}): {names}{more}"
 
 
 class Plan:
     """How to update a list of averages from their sources.
 
-    `native` is the kernel in C, for contiguous tensors on a CPU. `foreach` takes the other pairs that are alike in
-    dtype and device, all in one call; `staged` those that are not, through a scratch buffer. All have the same bits.
+    `native` is the kernel in C, for tensors on a CPU that fill their memory. `foreach` takes the other plain pairs that
+    are alike in dtype and device, all in one call; `staged` the rest, through scratch buffers. All have the same bits.
     Averages and sources are updated in place and must not be replaced.
 
     Args:
         rows: what to update.
         kernels: those that may be used, the first that fits is taken. Default: all; or those that the environment
             variable POLYAK_KERNELS names, separated by commas.
+        seed: of the random bits, where averages are rounded stochastically.
 
     Raises:
         ValueError: a kernel is unknown, or none of them fits a tensor.
     """
 
-    def __init__(self, rows: Sequence[Row], *, kernels: Sequence[str] | None = None) -> None:
+    def __init__(self, rows: Sequence[Row], *, kernels: Sequence[str] | None = None, seed: int = 0) -> None:
         self.rows = tuple(rows)
+        self._seed = seed
         allowed = _allowed(kernels)
-        grouped: dict[tuple[str, str, torch.dtype, torch.dtype, torch.device], list[Row]] = {}
+        grouped: dict[tuple[str, str, Mode, torch.dtype, torch.dtype, torch.device], list[Row]] = {}
         for row in self.rows:
             kernel, reason = _choose(row, allowed)
             average = row.averages[0]
-            key = (kernel, reason, row.source.dtype, average.dtype, average.device)
+            key = (kernel, reason, row.mode, row.source.dtype, average.dtype, average.device)
             grouped.setdefault(key, []).append(row)
         self.groups = tuple(_Group(kernel, reason, tuple(group)) for (kernel, reason, *_), group in grouped.items())
         self._runs = [
-            KERNELS[group.kernel]([(row.source, *row.averages) for row in group.rows]).lerp_ for group in self.groups
+            KERNELS[group.kernel]([real for row in group.rows for real in real_rows(row)]).run for group in self.groups
         ]
 
     @torch.no_grad()
-    def run(self, weights: Sequence[float]) -> None:
-        """Updates every average; `weights` has one for each of a row's averages."""
+    def run(self, weights: Sequence[float], number: int = 0) -> None:
+        """Updates every average.
+
+        Args:
+            weights: one for each of a row's averages.
+            number: of this update, from which random bits are drawn.
+        """
+        step = step_key(self._seed, number)
         for run in self._runs:
-            run(weights)
+            run(weights, step)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups))
@@ -102,14 +103,16 @@ def _allowed(kernels: Sequence[str] | None) -> list[str]:
 def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:
     source, average = row.source, row.averages[0]
     for kernel in allowed:
-        if kernel == "native" and all(is_supported(source, each) for each in row.averages) and library() is not None:
-            return kernel, "contiguous, on the CPU"
-        if kernel == "foreach" and source.device == average.device and source.dtype == average.dtype:
+        if kernel == "native" and all(map(is_supported, real_rows(row))) and library() is not None:
+            return kernel, "dense, on the CPU"
+        alike = source.device == average.device and source.dtype == average.dtype
+        if kernel == "foreach" and alike and row.mode == "plain":
             return kernel, "same dtype and device"
         if kernel == "staged":
             other = f"{source.dtype} to {average.dtype}" if source.dtype != average.dtype else "through scratch memory"
             return kernel, f"{source.device} to {average.device}" if source.device != average.device else other
+    mode = "" if row.mode == "plain" else f" {row.mode}"
     raise ValueError(
-        f"no kernel of {listed(allowed)} fits {row.name!r}, {source.dtype} on {source.device} into {average.dtype} on "
-        f"{average.device}"
+        f"no kernel of {listed(allowed)} fits {row.name!r}, {source.dtype} on {source.device} into{mode} "
+        f"{average.dtype} on {average.device}"
     )

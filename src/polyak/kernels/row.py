@@ -1,0 +1,65 @@
+"""One source tensor and its averages: what a kernel is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+Mode: TypeAlias = Literal["plain", "compensated", "stochastic"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One source tensor and its averages, one a profile.
+
+    Attributes:
+        name: for printing.
+        source: of any floating-point or complex dtype.
+        averages: of the shape of the source, all of one dtype.
+        seconds: what the averages are short of, one for each, where the sum is compensated.
+        key: what makes the random bits of this tensor its own, where the averages are rounded stochastically.
+        first: the number of the averages' first element in the whole tensor, where they are a part of it.
+    """
+
+    name: str
+    source: Tensor
+    averages: tuple[Tensor, ...]
+    seconds: tuple[Tensor, ...] = ()
+    key: int | None = None
+    first: int = 0
+
+    @property
+    def mode(self) -> Mode:
+        """How the averages are rounded."""
+        if self.seconds:
+            return "compensated"
+        return "plain" if self.key is None else "stochastic"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Source, averages and second terms."""
+        return (self.source, *self.averages, *self.seconds)
+
+
+def real_rows(row: Row) -> list[Row]:
+    """The row with complex numbers as pairs of real ones, in the same memory; kernels know no others.
+
+    Example:
+        >>> row = Row("x", torch.tensor([1 + 2j]), (torch.zeros(1, dtype=torch.complex64),))
+        >>> [real.source.tolist() for real in real_rows(row)]
+        [[[1.0, 2.0]]]
+    """
+    if not row.source.is_complex():
+        return [row]
+    if not any(tensor.is_conj() for tensor in row.tensors):
+        as_pairs = torch.view_as_real
+        return [replace(row, source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
+    # A conjugate view shares the memory of what it negates, so its halves go by themselves.
+    seconds = [tuple(second[..., half] for second in row.seconds) for half in range(2)]
+    return [
+        replace(row, source=row.source.real, averages=tuple(a.real for a in row.averages), seconds=seconds[0]),
+        replace(row, source=row.source.imag, averages=tuple(a.imag for a in row.averages), seconds=seconds[1]),
+    ]
