@@ -31,10 +31,10 @@ clean:
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
-.venv/demo-is-installed: .venv/bin/python pyproject.toml setup.py src/polyak/kernels/native.c constraints.txt
+.venv/demo-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
 	$(INSTALL) '.[demo]'
 	touch $@
 
-.venv/all-is-installed: .venv/bin/python pyproject.toml setup.py src/polyak/kernels/native.c constraints.txt
+.venv/all-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
 	$(INSTALL) '.[demo,bench,dev]'
 	touch $@

@@ -1,4 +1,6 @@
-"""Kernels on lists of plain tensors, bit for bit against one `torch.lerp` a tensor."""
+"""Kernels on lists of plain tensors, bit for bit against one tensor at a time."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +8,11 @@ import torch
 import zoo
 from polyak.kernels import Journal, Plan, Row, average_dtype, dead_zone, exchange, native
 from polyak.kernels import pieces as pieces_room
+from polyak.kernels.native import chunks as chunks_room
+from polyak.kernels.native import compiled
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.pieces import cut, is_dense
+from reference import modes
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -29,41 +34,81 @@ def random(dtype, *shape):
     return torch.randn(shape, dtype=wide).to(dtype)
 
 
-def slow_lerp(source, average, weight):
-    """One tensor: convert, then `torch.lerp`; 1 copies and 0 leaves."""
-    converted = source.to(average.dtype)
-    if weight in (0.0, 1.0):
-        return (average if weight == 0.0 else converted).clone()
-    return torch.lerp(average, converted, weight)
-
-
 KERNELS = [None, ["native", "staged"], ["foreach", "staged"], ["staged"]]
+STEP = modes.step_key(7, 3)
+FIRST = 2**32 - 100  # places of which one half is above 2 ** 32
 
 
+def dtypes_of(mode):
+    """Sources and averages."""
+    if mode == "stochastic":
+        averages = [torch.float16, torch.bfloat16]
+        return [(source, average) for source in DTYPES if not source.is_complex for average in averages]
+    if mode == "compensated":
+        wide = {torch.complex64: torch.complex64, torch.complex128: None}
+        return [(source, wide.get(source, torch.float32)) for source in DTYPES if wide.get(source, 1)]
+    real = [(source, average) for source in DTYPES[:4] for average in (torch.float32, torch.float64)]
+    return [*real, (torch.complex64, torch.complex64), (torch.complex64, torch.complex128), (torch.complex128,) * 2]
+
+
+def make_row(mode, name, source, average_dtype, num_averages):
+    averages = tuple(torch.randn_like(source, dtype=torch.float32).to(average_dtype) for _ in range(num_averages))
+    if average_dtype.is_complex:
+        averages = tuple(torch.randn_like(source, dtype=average_dtype) for _ in averages)
+    if mode == "stochastic":
+        return Row(name, source, averages, key=modes.entry_key(name), first=FIRST)
+    if mode == "compensated":
+        pairs = [torch.view_as_real(average) if average.is_complex() else average for average in averages]
+        return Row(name, source, averages, tuple((pair * 1e-9).to(torch.bfloat16) for pair in pairs))
+    return Row(name, source, averages)
+
+
+def expected_of(row, number, weight):
+    """An average, and its second term, after an update of its own."""
+    average = row.averages[number]
+    if row.mode == "stochastic":
+        return modes.stochastic(average, row.source, weight, STEP, row.key, row.first), None
+    if row.mode == "compensated":
+        return modes.compensated(average, row.seconds[number], row.source, weight)
+    return modes.lerp(average, row.source, weight), None
+
+
+CASES = [(mode, *dtypes) for mode in ("plain", "compensated", "stochastic") for dtypes in dtypes_of(mode)]
+
+
+@pytest.mark.protects
 @pytest.mark.parametrize("kernels", KERNELS, ids=str)
 @pytest.mark.parametrize("elements", [None, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_layout_and_weight_and_several_averages(dtype, elements, kernels, monkeypatch):
+@pytest.mark.parametrize(("mode", "source_dtype", "dtype"), CASES, ids=str)
+def test_every_mode_layout_and_weight_and_several_averages(mode, source_dtype, dtype, elements, kernels, monkeypatch):
     if elements is not None:
         monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
-        monkeypatch.setattr(native, "_CHUNK_ELEMENTS", elements)
-    sources = {name: layout(random(dtype, 12, 35)) for name, layout in LAYOUTS.items()}
-    for weight in WEIGHTS:
-        averages = {
-            name: [torch.randn_like(source, dtype=average_dtype(dtype)) for _ in range(2)]
-            for name, source in sources.items()
-        }
-        expected = {
-            name: [slow_lerp(sources[name], one, weight), slow_lerp(sources[name], two, 0.25)]
-            for name, (one, two) in averages.items()
-        }
-        before = zoo.clone(sources)
-        rows = [Row(name, sources[name], tuple(averages[name])) for name in sources]
-        Plan(rows, kernels=kernels).run([weight, 0.25])
-        for name in sources:
-            for found, right in zip(averages[name], expected[name], strict=True):
-                assert torch.equal(found, right), (name, weight)
-        assert zoo.bit_equal(sources, before)
+        monkeypatch.setattr(chunks_room, "CHUNK_ELEMENTS", elements)
+    sources = {name: layout(random(source_dtype, 12, 35)) for name, layout in LAYOUTS.items()}
+    before = zoo.clone(sources)
+    # The reference rounds element by element, which takes its time.
+    runs = [(1e-4, 0.7), (1.0, 0.0)] if mode == "stochastic" else list(zip(WEIGHTS, reversed(WEIGHTS), strict=True))
+    for weights in runs:
+        rows = [make_row(mode, name, source, dtype, 2) for name, source in sources.items()]
+        expected = [[expected_of(row, number, weight) for number, weight in enumerate(weights)] for row in rows]
+        Plan(rows, kernels=kernels, seed=7).run(weights, 3)
+        for row, right in zip(rows, expected, strict=True):
+            for number, (average, second) in enumerate(right):
+                assert torch.equal(row.averages[number], average), (row.name, weights)
+                assert second is None or torch.equal(row.seconds[number], second), (row.name, weights)
+    assert zoo.bit_equal(sources, before)
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("kernels", KERNELS, ids=str)
+@pytest.mark.parametrize(("mode", "source_dtype", "dtype"), [case for case in CASES if case[1].is_complex], ids=str)
+def test_a_conjugate_view_counts_as_what_it_shows(mode, source_dtype, dtype, kernels):
+    row = make_row(mode, "x", random(source_dtype, 5, 3).conj(), dtype, 2)
+    right = [expected_of(replace(row, source=row.source.resolve_conj()), number, 0.25) for number in range(2)]
+    Plan([row], kernels=kernels).run([0.25, 0.25])
+    for number, (average, second) in enumerate(right):
+        assert torch.equal(row.averages[number], average)
+        assert second is None or torch.equal(row.seconds[number], second)
 
 
 @pytest.mark.protects
@@ -72,7 +117,7 @@ def test_every_layout_and_weight_and_several_averages(dtype, elements, kernels, 
 def test_a_source_and_an_average_of_different_layouts(dtype, kernels):
     source = random(dtype, 12, 35)
     average = torch.randn(35, 12, dtype=average_dtype(dtype)).t()
-    expected = slow_lerp(source, average, 0.25)
+    expected = modes.lerp(average, source, 0.25)
     Plan([Row("x", source, (average,))], kernels=kernels).run([0.25])
     assert torch.equal(average, expected)
 
@@ -105,7 +150,7 @@ class TestPlan:
 
     @pytest.mark.skipif(native.library() is None, reason="installed without a compiler")
     def test_takes_the_kernel_in_c_where_it_can(self):
-        assert str(Plan(self.rows())).startswith("native: 6 tensors, 7 elements (contiguous, on the CPU): a, c0")
+        assert str(Plan(self.rows())).startswith("native: 6 tensors, 7 elements (dense, on the CPU): a, c0")
 
     def test_can_be_forced_from_outside(self, monkeypatch):
         monkeypatch.setenv("POLYAK_KERNELS", "staged")
@@ -119,7 +164,7 @@ class TestPlan:
 
 
 def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(monkeypatch):
-    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [])
     native.library.cache_clear()
     row = Row("x", torch.ones(2), (torch.zeros(2),))
     try:

@@ -37,6 +37,9 @@ def compensated(average, second, source, weight):
     source = source.to(average.dtype)
     if weight == 1.0:
         return source.clone(), torch.zeros_like(second)
+    if average.is_complex():
+        pairs = compensated(torch.view_as_real(average), second, torch.view_as_real(source), weight)
+        return torch.view_as_complex(pairs[0]), pairs[1]
     update = torch.lerp(second.to(average.dtype), source - average, weight)
     new = average + update
     return new, ((average - new) + update).to(second.dtype)

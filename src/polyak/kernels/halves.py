@@ -19,8 +19,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from polyak.kernels import native
 from polyak.kernels.eager import copy_
-from polyak.kernels.journal import Operation
+from polyak.kernels.journal import Operation, begin
 from polyak.kernels.pieces import Batch, cut, like, scratch_for
 
 _EXPONENT = 0x7F800000
@@ -37,13 +38,17 @@ def exchange_halves(sources: list[Tensor], averages: list[Tensor]) -> tuple[list
         averages: tensors of float32, on the same device.
     """
     devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    in_c: list[tuple[Tensor, Tensor]] = []
     for source, average in zip(sources, averages, strict=True):
-        devices.setdefault(source.device, []).append((average.view(torch.int32), source.view(torch.int16)))
-    enter: list[Operation] = []
-    leave: list[Operation] = []
+        if native.is_reachable(source, average):
+            in_c.append((source, average))
+        else:
+            devices.setdefault(source.device, []).append((average.view(torch.int32), source.view(torch.int16)))
+    enter: list[Operation] = [begin, native.enter_halves(in_c)] if in_c else []
+    leave: list[Operation] = [begin, native.leave_halves(in_c)] if in_c else []
     for device, rows in devices.items():
         words = scratch_for(rows, torch.int32, device)
-        shorts = torch.emptylike(words)
+        shorts = torch.empty_like(words)
         for batch in cut(rows, words):
             fill = partial(_fill, batch, like(batch.scratch, shorts))
             enter += [fill, partial(_enter, batch, words, shorts)]

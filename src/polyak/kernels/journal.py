@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from polyak.kernels import native
 from polyak.kernels.eager import copy_
 from polyak.kernels.pieces import cut, scratch_for
 
@@ -41,15 +42,19 @@ class Journal:
 def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
     """The operations that exchange the values of corresponding tensors, in place, through a bounded scratch buffer.
 
-    Tensors of one pair have the same shape, dtype and device.
+    They can be run once. Tensors of one pair have the same shape, dtype and device.
     """
-    pairs: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor]]] = {}
+    pairs: dict[tuple[torch.dtype, torch.device, bool], list[tuple[Tensor, Tensor]]] = {}
     for left, right in zip(one, other, strict=True):
         assert left.dtype == right.dtype
         assert left.device == right.device
-        pairs.setdefault((left.dtype, left.device), []).append((left, right))
+        key = (left.dtype, left.device, native.is_reachable(left, right))
+        pairs.setdefault(key, []).append((left, right))
     operations: list[Operation] = []
-    for (dtype, device), rows in pairs.items():
+    for (dtype, device, in_c), rows in pairs.items():
+        if in_c:
+            operations += [begin, native.exchange(rows)]
+            continue
         for batch in cut(rows, scratch_for(rows, dtype, device)):
             left, right = batch.columns
             operations += [
@@ -58,3 +63,7 @@ def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
                 partial(copy_, right, batch.scratch),
             ]
     return operations
+
+
+def begin() -> None:
+    """Stands before an operation that changes more than scratch memory, so that a journal counts as started by then."""

@@ -42,12 +42,12 @@ class Swap:
         }
         self._buffers = buffers
         self._kept = {name: torch.empty_like(pairs[name][0]) for name in self._names("keep")}
-        exchanging = exchange(*self._columns(self._names("exchange")))
+        exchanging = self._columns(self._names("exchange"))
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))
         keep = [partial(copy_, list(self._kept.values()), sources), partial(copy_, sources, averages)]
-        self._in = Journal([*keep, *exchanging, *enter])
-        back = [partial(copy_, sources, list(self._kept.values())), *exchanging, *leave]
+        self._in = Journal([*keep, *exchange(*exchanging), *enter])
+        back = [partial(copy_, sources, list(self._kept.values())), *exchange(*exchanging), *leave]
         self._out = Journal([self._look, self._keep_buffers, *back])
         # The sum of each parameter's bits, as the average put them there.
         self._sums: list[int] | None = None

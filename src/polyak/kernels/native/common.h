@@ -1,0 +1,89 @@
+/* What the C files share: numbers of 16 bits, and the choice of instructions at run time.
+ *
+ * There is no link against torch or Python: pointers come in as integers, and the OpenMP runtime is the one that torch
+ * has loaded. Every product is fused with a sum where the source says so and nowhere else, so that all kernels have the
+ * same bits: the files are compiled with -ffp-contract=off.
+ */
+#ifndef POLYAK_COMMON_H
+#define POLYAK_COMMON_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* A loop is compiled for each of these, and the best that the processor has is taken at run time. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+#define WITH_AVX2 __attribute__((target("avx2,fma")))
+INLINE int vectors(void)
+{
+    const int has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return has_avx2 ? 1 + has_avx512 : 0;
+}
+#else
+#define WITH_AVX512
+#define WITH_AVX2
+INLINE int vectors(void) { return 0; }
+#endif
+
+/* The three versions of a loop, and NAME, which calls the best one. */
+#define VERSIONS(NAME, BODY, PARAMETERS, ARGUMENTS)                                                                    \
+    WITH_AVX512 static void NAME##_avx512 PARAMETERS { BODY ARGUMENTS; }                                               \
+    WITH_AVX2 static void NAME##_avx2 PARAMETERS { BODY ARGUMENTS; }                                                   \
+    static void NAME##_plain PARAMETERS { BODY ARGUMENTS; }                                                            \
+    INLINE void NAME PARAMETERS                                                                                        \
+    {                                                                                                                  \
+        void(*const choices[]) PARAMETERS = {NAME##_plain, NAME##_avx2, NAME##_avx512};                                \
+        choices[vectors()] ARGUMENTS;                                                                                  \
+    }
+
+#define PARALLEL _Pragma("omp parallel for schedule(dynamic, 8) num_threads(num_threads) if (num_threads > 1)")
+
+#define POINTER(TYPE, ADDRESS) ((TYPE *)(intptr_t)(ADDRESS))
+
+INLINE uint32_t bits_of(float number)
+{
+    uint32_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+INLINE float from_float32(float value) { return value; }
+INLINE float from_bfloat16(uint16_t value) { return float_of((uint32_t)value << 16); }
+
+/* Shifted into place, a number of 16 bits is too small by 2 ** 112, also a subnormal one; only infinities and NaNs need
+ * help. The compiler cannot do this conversion many at a time by itself. */
+INLINE float from_float16(uint16_t value)
+{
+    const uint32_t magnitude = (uint32_t)(value & 0x7FFF) << 13;
+    const uint32_t scaled = bits_of(float_of(magnitude) * 0x1p112f);
+    const uint32_t special = magnitude >= 0x0F800000u ? 0x7F800000u : 0u;
+    return float_of(scaled | special | (uint32_t)(value & 0x8000) << 16);
+}
+
+/* To nearest, ties to even. */
+INLINE uint16_t to_bfloat16(float number)
+{
+    const uint32_t bits = bits_of(number);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+}
+
+#endif

@@ -1,0 +1,55 @@
+"""The compiled kernels: found, loaded, and called."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyak.errors import outside
+
+# A thread more for each of these: waking one costs about as much as that many elements.
+_ELEMENTS_PER_THREAD = 1 << 15
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None, with a warning, where the package was installed without them."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            try:
+                return ctypes.CDLL(str(path))
+            except OSError as error:
+                warnings.warn(
+                    f"polyak's C kernel cannot be loaded ({error}); torch's own operations do the same, more slowly",
+                    stacklevel=outside(),
+                )
+                return None
+    warnings.warn(
+        "polyak was installed without its C kernel, because there was no compiler for it; torch's own operations do "
+        "the same, more slowly",
+        stacklevel=outside(),
+    )
+    return None
+
+
+def function(name: str, *arguments: Any) -> Callable[..., None]:
+    """A function of the library, which must be there, by its name and the types of its arguments."""
+    compiled = library()
+    assert compiled is not None
+    found = compiled[f"polyak_{name}"]
+    found.argtypes = arguments
+    found.restype = None
+    return found
+
+
+def num_threads(num_elements: int) -> int:
+    """As many threads as torch has, and fewer where there is little to do."""
+    return min(torch.get_num_threads(), 1 + num_elements // _ELEMENTS_PER_THREAD)

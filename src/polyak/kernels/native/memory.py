@@ -1,0 +1,85 @@
+"""Exchanges, sums of bits and a look for infinities and NaNs in C; each where the library is there and fits."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from polyak.kernels.memory import is_plain
+from polyak.kernels.native.chunks import cut_into_chunks
+from polyak.kernels.native.compiled import function, library, num_threads
+from polyak.kernels.pieces import is_dense
+
+Rows = Sequence[tuple[Tensor, Tensor]]
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+
+
+def is_reachable(*tensors: Tensor) -> bool:
+    """Whether C can take tensors of one shape as stretches of memory, element by element in the same order."""
+    return (
+        all(is_plain(t) and t.device.type == "cpu" and is_dense(t) and not t.is_conj() for t in tensors)
+        and all(t.stride() == tensors[0].stride() for t in tensors)
+        and library() is not None
+    )
+
+
+class _Once:
+    """A call over a table that notes by itself that it was done, and then does nothing."""
+
+    def __init__(self, name: str, table: Tensor, num_elements: int, tensors: object) -> None:
+        self._call = function(name, *_ARGUMENTS)
+        self._table = table
+        self._tensors = tensors
+        self._done = torch.zeros(1, dtype=torch.int64)
+        self._num_threads = num_threads(num_elements)
+
+    def __call__(self) -> None:
+        self._call(self._table.data_ptr(), len(self._table), self._done.data_ptr(), self._num_threads)
+
+
+def exchange(rows: Rows) -> Callable[[], None]:
+    """What exchanges the values of the two tensors of each row, in place, when it is called for the first time."""
+    return _once("exchange", rows, in_bytes=True)
+
+
+def enter_halves(rows: Rows) -> Callable[[], None]:
+    """What puts the float32 average of each row into its bfloat16 source, when it is called for the first time."""
+    return _once("enter_halves", rows)
+
+
+def leave_halves(rows: Rows) -> Callable[[], None]:
+    """What undoes `enter_halves`, when it is called for the first time."""
+    return _once("leave_halves", rows)
+
+
+def _once(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None]:
+    chunks = cut_into_chunks(rows)
+    counts = chunks.counts * (rows[0][0].element_size() if in_bytes else 1)
+    table = torch.cat([chunks.addresses, counts[:, None]], dim=1)
+    return _Once(name, table, sum(one.numel() for one, _ in rows), list(rows))
+
+
+def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
+    """The positions of the tensors that hold a NaN or an infinity; all are of one floating-point dtype."""
+    results, rows = _look(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", tensors)
+    return cast("Any", rows[results != 0].unique()).tolist()
+
+
+def sums(tensors: Sequence[Tensor]) -> list[int]:
+    """The sum of each tensor's bits, read as signed integers, modulo 2 ** 64; all of one element size from 2 to 8."""
+    results, rows = _look(f"sum_{8 * tensors[0].element_size()}", tensors)
+    return cast("Any", torch.zeros(len(tensors), dtype=torch.int64).index_add_(0, rows, results)).tolist()
+
+
+def _look(name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The results of a function for each chunk, and the positions of the tensors that the chunks are of."""
+    chunks = cut_into_chunks([(tensor,) for tensor in tensors])
+    table = torch.cat([chunks.addresses, chunks.counts[:, None]], dim=1)
+    results = torch.empty(len(table), dtype=torch.int64)
+    threads = num_threads(sum(tensor.numel() for tensor in tensors))
+    function(name, *_ARGUMENTS)(table.data_ptr(), len(table), results.data_ptr(), threads)
+    return results, chunks.rows

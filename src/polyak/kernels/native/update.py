@@ -1,0 +1,75 @@
+"""The update in C: every average of many tensors in one call, reading each source once."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polyak.kernels.native.chunks import cut_into_chunks
+from polyak.kernels.native.compiled import function, num_threads
+from polyak.kernels.pieces import is_dense
+from polyak.kernels.row import Row
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_AVERAGES = {
+    "plain": (torch.float32, torch.float64),
+    "compensated": (torch.float32,),
+    "stochastic": (torch.bfloat16, torch.float16),
+}
+_SECOND = torch.bfloat16
+
+
+def is_supported(row: Row) -> bool:
+    """Whether the C kernel can do this row."""
+    source, *others = row.tensors
+    return (
+        source.dtype in _FLOATS
+        and row.averages[0].dtype in _AVERAGES[row.mode]
+        and all(second.dtype == _SECOND for second in row.seconds)
+        and all(tensor.device.type == "cpu" and is_dense(tensor) for tensor in row.tensors)
+        and (source.dim() <= 1 or all(tensor.stride() == source.stride() for tensor in others))
+    )
+
+
+class Native:
+    """A table of chunks in memory, made once; the C function goes through it at each update.
+
+    Args:
+        rows: all of the same dtypes and mode. Their tensors must stay where they are.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        source, average = rows[0].source, rows[0].averages[0]
+        names = [rows[0].mode.replace("plain", "lerp"), _name(source.dtype)]
+        if rows[0].mode != "compensated":
+            names.append(_name(average.dtype))
+        pointer, count = ctypes.c_void_p, ctypes.c_int64
+        self._update = function("_".join(names), pointer, count, count, pointer, ctypes.c_uint64, ctypes.c_int)
+        self._tensors = [row.tensors for row in rows]  # addresses stay valid as long as these live
+        self._num_elements = sum(row.source.numel() for row in rows)
+        self._table = _table(rows)
+        self._weights = (ctypes.c_double * len(rows[0].averages))()
+        self._arguments = (
+            self._table.data_ptr(), len(self._table), len(self._weights), ctypes.addressof(self._weights),
+        )  # fmt: skip
+
+    def run(self, weights: Sequence[float], step: int) -> None:
+        """Moves the averages of each column towards the sources, with one weight a column."""
+        self._weights[:] = weights
+        self._update(*self._arguments, step, num_threads(self._num_elements))
+
+
+def _table(rows: Sequence[Row]) -> Tensor:
+    chunks = cut_into_chunks([row.tensors for row in rows], [row.first for row in rows])
+    firsts = torch.tensor([row.first for row in rows])[chunks.rows] + chunks.starts
+    # The bits of unsigned numbers, as signed ones.
+    keys = torch.tensor([key - (1 << 64) if key >> 63 else key for key in (row.key or 0 for row in rows)])
+    sources, others = chunks.addresses[:, :1], chunks.addresses[:, 1:]
+    return torch.cat([sources, torch.stack([chunks.counts, firsts, keys[chunks.rows]], dim=1), others], dim=1)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
