@@ -10,7 +10,7 @@ demo: .venv/demo-is-installed
 
 # The first run is without the kernel in C, as where there is no compiler.
 test: .venv/all-is-installed
-	POLYAK_KERNELS=foreach,staged $(BIN)/python -m pytest tests/test_average.py tests/test_model_ema.py tests/test_swap.py
+	POLYAK_KERNELS=foreach,staged $(BIN)/python -m pytest tests/test_average.py tests/test_model_ema.py tests/test_modes.py tests/test_swap.py
 	$(BIN)/python -m pytest
 
 check: .venv/all-is-installed

@@ -8,9 +8,9 @@ import torch
 import zoo
 from polyak.kernels import Journal, Plan, Row, average_dtype, dead_zone, exchange, native
 from polyak.kernels import pieces as pieces_room
+from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.native import chunks as chunks_room
 from polyak.kernels.native import compiled
-from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.pieces import cut, is_dense
 from reference import modes
 
@@ -59,7 +59,12 @@ def make_row(mode, name, source, average_dtype, num_averages):
         return Row(name, source, averages, key=modes.entry_key(name), first=FIRST)
     if mode == "compensated":
         pairs = [torch.view_as_real(average) if average.is_complex() else average for average in averages]
-        return Row(name, source, averages, tuple((pair * 1e-9).to(torch.bfloat16) for pair in pairs))
+        return Row(
+            name,
+            source,
+            averages,
+            tuple(torch.randint_like(pair, -(1 << 15), 1 << 15).to(torch.int16) for pair in pairs),
+        )
     return Row(name, source, averages)
 
 

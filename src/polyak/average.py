@@ -21,7 +21,7 @@ from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
-from polyak.store import LocalStore, Step
+from polyak.store import LocalStore, Modes, Step
 from polyak.swapping import check_not_standing, raise_if_changed, swap_out
 from polyak.view import AverageView, by_every_name
 
@@ -51,7 +51,11 @@ class WeightAverage:
         rules: what to do with tensors that the defaults do not suit: `{"*.expert_bias": "average",
             torch.nn.BatchNorm2d: "copy"}`; the first match wins. Keys are patterns of names, classes of modules, or
             functions of name and tensor; actions are average, copy and skip.
-        dtype: of the averages, torch.float32 or torch.float64. Default: the source's; float32 for 16-bit sources.
+        dtype: of the averages. Default: the source's; float32 for 16-bit sources. In torch.bfloat16 and torch.float16
+            they are rounded stochastically, so that they move and are right in the mean; complex ones stay complex64.
+        compensated: keep what float32 averages are short of in a second term, 2 bytes a number, so that they have the
+            precision of float32 however long they are: for decays above 0.9999 and runs of many updates.
+        seed: of stochastic rounding. The same seed, updates and names give the same bits.
         device: where the averages are. Default: where the source is.
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
             "raise" raises; "skip" leaves the update out, exactly as if it had not been due; both read the weights once
@@ -88,6 +92,8 @@ class WeightAverage:
         start: float = 0.0,
         rules: Rules | None = None,
         dtype: torch.dtype | None = None,
+        compensated: bool = False,
+        seed: int = 0,
         device: torch.device | str | None = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
@@ -96,8 +102,9 @@ class WeightAverage:
         profiles = _named_profiles(profile)
         clock = Clock(every=every, start=float(start) if type(start) is int else start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
+        modes = Modes(dtype, compensated, seed)
         store = LocalStore(
-            source.entries, profiles, dtype=dtype, device=None if device is None else torch.device(device)
+            source.entries, profiles, modes=modes, device=None if device is None else torch.device(device)
         )
         self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
 

@@ -85,6 +85,7 @@ class ModelEma:
         chosen = None if device is None or device == "" else torch.device(device)
         self._source = Source(model, {}, include_frozen=True, any_device=chosen is not None)
         self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen)
+        self._store.lent = True
         bare = unwrap(model)
         average = build_module(bare, self._source.entries, self._store.tensors(_PROFILE), owners=[self])
         self._average = Source(average, {}, include_frozen=True, any_device=True, any_dtype=True)

@@ -161,6 +161,7 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
     entries: list[EntryReport] = []
     for entry in core.source.entries:
         kept = [a[entry.name] for a in store.averages.values() if entry.name in a]
+        kept += [seconds[entry.name] for seconds in store.seconds.values() if entry.name in seconds]
         kept += [store.copies[entry.name]] if entry.name in store.copies else []
         entries.append(
             EntryReport(

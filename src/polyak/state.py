@@ -5,6 +5,9 @@
      "clock": {...}, "pending": {name: float}, "ties": {name: [alias]}, "frozen": {name: checksum},
      "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
 
+With compensated=True there are "seconds", like "averages", and the configuration says so; that of averages which are
+rounded stochastically has the seed.
+
 The fingerprint of the configuration stands in the path of every tensor, because a loader that reads into live tensors
 (torch.distributed.checkpoint does) would otherwise have overwritten them before anyone could compare configurations.
 """
@@ -43,6 +46,7 @@ def save_state(core: Core) -> dict[str, Any]:
         for profile in core.profiles
     }
     tensors = core.store.tensors(next(iter(core.profiles)))
+    seconds = {"seconds": {fingerprint: {profile: dict(kept) for profile, kept in core.store.seconds.items()}}}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -53,6 +57,7 @@ def save_state(core: Core) -> dict[str, Any]:
         "frozen": dict(core.source.frozen_sums),
         "averages": {fingerprint: averages},
         "copies": {fingerprint: {name: _lasting(core, tensors[name]) for name in copies}},
+        **(seconds if core.store.modes.compensated else {}),
     }
 
 
@@ -76,6 +81,8 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
         given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
         copies = _dictionary(state["copies"][fingerprint])
+        compensated = list(core.profiles) if core.store.modes.compensated else []
+        seconds = {name: _dictionary(state["seconds"][fingerprint][name]) for name in compensated}
         ties = {str(name): [str(alias) for alias in aliases] for name, aliases in state["ties"].items()}
         frozen = {str(name): int(total) for name, total in state["frozen"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -87,6 +94,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     targets: list[Tensor] = []
     sources: list[Tensor] = []
     sets = [(core.store.averages[name], given[name], f"average {name!r}") for name in core.profiles]
+    sets += [(core.store.seconds[name], seconds[name], f"second terms of {name!r}") for name in compensated]
     for kept, found, what in [*sets, (kept_copies, copies, "copies")]:
         matched = _match(core, kept, found, ties, what)
         targets += kept.values()
@@ -102,11 +110,14 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
 
 def _configuration(core: Core) -> dict[str, Any]:
     averages = next(iter(core.store.averages.values()))
+    modes = core.store.modes
     return {
         "profiles": {name: profile.describe() for name, profile in core.profiles.items()},
         "every": core.clock.every,
         "start": core.clock.start,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in averages.values()}),
+        **({"compensated": True} if modes.compensated else {}),
+        **({"seed": modes.seed} if modes.is_stochastic else {}),
     }
 
 
@@ -152,8 +163,8 @@ def _dictionary(value: object) -> dict[str, Tensor]:
 
 
 def _explain(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    keys = [key for key in here if saved.get(key) != here[key]]
-    return "; ".join(f"{key} was {saved.get(key)!r} and is {here[key]!r}" for key in keys)
+    keys = [key for key in {**here, **saved} if saved.get(key) != here.get(key)]
+    return "; ".join(f"{key} was {saved.get(key)!r} and is {here.get(key)!r}" for key in keys)
 
 
 def _match(

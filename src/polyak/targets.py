@@ -98,6 +98,8 @@ class _Pair:
         with torch.no_grad():
             self._plan.run([weight])
             copy_(*self._copies)
+        # So that a graph which was built on a target before, and needs it as it was, raises and does not mislead.
+        torch.autograd.graph.increment_version([row.averages[0] for row in self._plan.rows])
 
 
 # Pairs of modules that came before. A pair is dropped with either of its modules, and made anew when either has got

@@ -167,6 +167,7 @@ class AverageView:
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)
+        core.store.lent = True
         return module
 
     def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:

@@ -31,7 +31,10 @@ def lerp(average, source, weight):
 
 
 def compensated(average, second, source, weight):
-    """`u = c + weight * ((s - a) - c)`, then `a' = a + u` and `c' = u + (a - a')`; `a + c` is the average."""
+    """`u = c + weight * ((s - a) - c)`, then `a' = a + u` and `c' = u + (a - a')`; `a + c` is the average.
+
+    `c` is kept as a whole number of 2 ** -16 of the last bit of `a`.
+    """
     if weight == 0.0:
         return average.clone(), second.clone()
     source = source.to(average.dtype)
@@ -40,9 +43,18 @@ def compensated(average, second, source, weight):
     if average.is_complex():
         pairs = compensated(torch.view_as_real(average), second, torch.view_as_real(source), weight)
         return torch.view_as_complex(pairs[0]), pairs[1]
-    update = torch.lerp(second.to(average.dtype), source - average, weight)
+    update = torch.lerp(second * last_bits(average).float() * 2.0**-16, source - average, weight)
     new = average + update
-    return new, ((average - new) + update).to(second.dtype)
+    left = ((average - new) + update).double()
+    units = torch.where(last_bits(new) > 0, left / last_bits(new) * 2.0**16, 0.0)
+    return new, units.round().clamp(-32768, 32767).to(torch.int16)
+
+
+def last_bits(numbers):
+    """The worth of the last bit of each float32; 0 for tiny numbers and what is none."""
+    exponents = torch.frexp(numbers.abs()).exponent.double()
+    usable = numbers.isfinite() & (numbers.abs() >= 2.0**-87)
+    return torch.where(usable, 2.0 ** (exponents - 24), 0.0)
 
 
 def mix64(z):

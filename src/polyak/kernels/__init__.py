@@ -15,9 +15,10 @@ from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
 from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
-from .row import Row as Row
 from .precision import average_dtype as average_dtype
 from .precision import check_average_dtype as check_average_dtype
 from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of
+from .rounding import tensor_key as tensor_key
+from .row import Row as Row

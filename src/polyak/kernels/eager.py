@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polyak.kernels import fractions
 from polyak.kernels.noise import draw
 from polyak.kernels.pieces import Batch, cut, like, scratch_for
 from polyak.kernels.rounding import round_stochastically
@@ -66,8 +67,7 @@ class Staged:
         columns = [row.tensors for row in rows]
         scratch = scratch_for(columns, wide, first.device)
         self._batches: list[Batch] = cut(columns, scratch)
-        num_more = {"plain": 0, "compensated": 2, "stochastic": 1}[self._mode]
-        self._scratch = [scratch, *(torch.empty_like(scratch) for _ in range(num_more))]
+        self._scratch = [scratch] if self._mode == "plain" else [scratch, torch.empty_like(scratch)]
         self._rows = rows
 
     def run(self, weights: Sequence[float], step: int) -> None:
@@ -89,18 +89,18 @@ class Staged:
                     self._stochastic(batch, averages[column], weight, random)
 
     def _compensated(self, batch: Batch, averages: list[Tensor], seconds: list[Tensor], weight: float) -> None:
-        source, average, second = (flat[: batch.num_elements] for flat in self._scratch)
+        source, average = (flat[: batch.num_elements] for flat in self._scratch)
         if weight == 1.0:
             copy_(averages, batch.scratch)
             torch._foreach_zero_(seconds)
             return
         copy_(like(batch.scratch, average), averages)
-        copy_(like(batch.scratch, second), seconds)
-        second.lerp_(source - average, weight)
-        new = average + second
-        second.add_(average.sub_(new))
+        short = torch.empty(batch.num_elements, dtype=fractions.DTYPE, device=average.device)
+        copy_(like(batch.scratch, short), seconds)
+        update = fractions.from_fractions(short, average).lerp_(source - average, weight)
+        new = average + update
         copy_(averages, like(batch.scratch, new))
-        copy_(seconds, like(batch.scratch, second))
+        copy_(seconds, like(batch.scratch, fractions.to_fractions(average.sub_(new).add_(update), new)))
 
     def _stochastic(self, batch: Batch, averages: list[Tensor], weight: float, random: Tensor) -> None:
         source, average = (flat[: batch.num_elements] for flat in self._scratch)

@@ -19,7 +19,7 @@ class Row:
         name: for printing.
         source: of any floating-point or complex dtype.
         averages: of the shape of the source, all of one dtype.
-        seconds: what the averages are short of, one for each, where the sum is compensated.
+        seconds: what the averages are short of, one for each, where the sum is compensated; int16, see fractions.py.
         key: what makes the random bits of this tensor its own, where the averages are rounded stochastically.
         first: the number of the averages' first element in the whole tensor, where they are a part of it.
     """

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
-from polyak.kernels import Plan, Row, average_dtype, check_average_dtype, copy_, find_non_finite
+from polyak.kernels import Plan, Row, copy_, find_non_finite
+from polyak.store.modes import Modes
 from polyak.store.step import Step
 from polyak.store.swap import Swap
 
@@ -21,8 +22,11 @@ class LocalStore:
     Attributes:
         averages: for each profile, the averaged tensors by name. Every profile has the same names.
         copies: the tensors that are copied, by name; they are the same for all profiles.
+        seconds: for each profile, what compensated averages are short of, by name: fractions of their last bits.
         pending: for each profile, growth that no update has applied yet. Here an update applies all of it; a store that
             works beside the training may fall behind.
+        modes: how the averages are kept.
+        lent: whether modules hold the averages themselves, so that torch must see that they change.
     """
 
     def __init__(
@@ -30,12 +34,11 @@ class LocalStore:
         entries: Sequence[Entry],
         profiles: Iterable[str],
         *,
-        dtype: torch.dtype | None = None,
+        modes: Modes | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if dtype is not None:
-            check_average_dtype(dtype)
-        self._dtype = dtype
+        self.modes = modes or Modes()
+        self.lent = False
         self._device = device
         self._entries: Sequence[Entry] | None = None
         if device is not None and device.type == "meta":
@@ -43,8 +46,16 @@ class LocalStore:
         averaged = [entry for entry in entries if entry.action == "average"]
         with torch.inference_mode(False):
             self.averages: dict[str, dict[str, Tensor]] = {
-                profile: {entry.name: _allocate(entry.tensor, dtype, device) for entry in averaged}
+                profile: {entry.name: self.modes.average_of(entry.tensor, device) for entry in averaged}
                 for profile in profiles
+            }
+            self.seconds = {
+                profile: {
+                    name: second
+                    for name, average in averages.items()
+                    if (second := self.modes.second_of(average)) is not None
+                }
+                for profile, averages in self.averages.items()
             }
         self.copies: dict[str, Tensor] = {}
         self.pending = dict.fromkeys(self.averages, 0.0)
@@ -55,7 +66,8 @@ class LocalStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds addresses, which are this object's alone.
-        return {key: value for key, value in vars(self).items() if key not in ("plan", "_copies", "_entries")}
+        derived = {"plan", "_copies", "_all_averages", "_entries"}
+        return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _entries=None)
@@ -63,12 +75,14 @@ class LocalStore:
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
         """A store for other entries; what is alike in both keeps its averages."""
-        store = LocalStore(entries, self.averages, dtype=self._dtype, device=self._device)
+        store = LocalStore(entries, self.averages, modes=self.modes, device=self._device)
         for profile, averages in store.averages.items():
             for name, tensor in averages.items():
                 kept = self.averages[profile].get(name)
                 if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
                     tensor.copy_(kept)
+                    if name in store.seconds[profile]:
+                        store.seconds[profile][name].copy_(self.seconds[profile][name])
         store.pending = dict(self.pending)
         return store
 
@@ -96,26 +110,30 @@ class LocalStore:
         for entry in entries:
             copy = kept.get(entry.name)
             if copy is None or copy.shape != entry.tensor.shape or copy.dtype != entry.tensor.dtype:
-                copy = _like(entry.tensor, entry.tensor.dtype, self._device)
+                copy = torch.empty_like(entry.tensor, device=self._device, requires_grad=False).detach()
                 copy.copy_(entry.tensor.detach())
             self.copies[entry.name] = copy
 
     def _plan_updates(self) -> None:
-        self.plan = Plan(
-            [
-                Row(name, self._sources[name], tuple(averages[name] for averages in self.averages.values()))
-                for name in self.names
-            ]
-        )
+        self.plan = Plan([self._row(name) for name in self.names], seed=self.modes.seed)
         self._copies = list(self.copies.values()), [self._sources[name] for name in self.copies]
+        self._all_averages = [tensor for averages in self.averages.values() for tensor in averages.values()]
+
+    def _row(self, name: str) -> Row:
+        averages = tuple(averages[name] for averages in self.averages.values())
+        seconds = tuple(seconds[name] for seconds in self.seconds.values() if name in seconds)
+        return Row(name, self._sources[name], averages, seconds, self.modes.key_of(name, averages[0]))
 
     def submit(self, step: Step) -> None:
         """Applies the growth of a step, and what was pending, to every average."""
         assert self.swap is None
         pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
         with torch.no_grad():
-            self.plan.run([-math.expm1(-growth) for growth in pending.values()])
+            self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
             copy_(*self._copies)
+        if self.lent:
+            # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
+            torch.autograd.graph.increment_version(self._all_averages)
         self.pending = dict.fromkeys(pending, 0.0)
 
     def non_finite(self) -> list[str]:
@@ -166,12 +184,3 @@ class LocalStore:
             self.averages[profile][name] = tensors[name]
         for name in self.copies.keys() & tensors.keys():
             self.copies[name] = tensors[name]
-
-
-def _allocate(source: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
-    kept = average_dtype(source.dtype) if dtype is None else dtype
-    return _like(source, kept.to_complex() if source.is_complex() and not kept.is_complex else kept, device)
-
-
-def _like(source: Tensor, dtype: torch.dtype, device: torch.device | None) -> Tensor:
-    return torch.empty_like(source, dtype=dtype, device=device, requires_grad=False).detach()

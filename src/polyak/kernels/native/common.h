@@ -78,12 +78,4 @@ INLINE float from_float16(uint16_t value)
     return float_of(scaled | special | (uint32_t)(value & 0x8000) << 16);
 }
 
-/* To nearest, ties to even. */
-INLINE uint16_t to_bfloat16(float number)
-{
-    const uint32_t bits = bits_of(number);
-    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    return (uint16_t)((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
-}
-
 #endif

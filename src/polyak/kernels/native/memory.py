@@ -66,7 +66,7 @@ def _once(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None
 def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
     """The positions of the tensors that hold a NaN or an infinity; all are of one floating-point dtype."""
     results, rows = _look(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", tensors)
-    return cast("Any", rows[results != 0].unique()).tolist()
+    return sorted({int(row) for row in rows[results != 0]})
 
 
 def sums(tensors: Sequence[Tensor]) -> list[int]:

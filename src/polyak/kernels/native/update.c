@@ -77,10 +77,27 @@ INLINE float lerp(float average, float source, float weight)
     return weight < 0.5f ? fmaf(weight, difference, average) : fmaf(-difference, 1.0f - weight, source);
 }
 
-/* Compensated; the second term has the exponents of float32 and 8 bits, which is enough. */
+/* Compensated; see fractions.py. Added to 3 * 2 ** 22, a number is rounded to a whole one, whose lower bits it has. */
+
+INLINE int is_usable(uint32_t exponent) { return exponent - 40u < 215u; }
+
+INLINE float from_fraction(int16_t second, float first)
+{
+    const uint32_t exponent = (bits_of(first) >> 23) & 0xFFu;
+    return (float)second * float_of(is_usable(exponent) ? (exponent - 39u) << 23 : 0u);
+}
+
+INLINE int16_t to_fraction(float number, float first)
+{
+    const uint32_t exponent = (bits_of(first) >> 23) & 0xFFu;
+    float units = number * float_of(is_usable(exponent) ? (293u - exponent) << 23 : 0u);
+    units = units < -32768.0f ? -32768.0f : units;
+    units = units > 32767.0f ? 32767.0f : units;
+    return (int16_t)bits_of((is_usable(exponent) ? units : 0.0f) + 12582912.0f);
+}
 
 #define DEFINE_COMPENSATED(NAME, SOURCE, LOAD)                                                                         \
-    INLINE void NAME##_body(const SOURCE *restrict source, float *restrict average, uint16_t *restrict second,         \
+    INLINE void NAME##_body(const SOURCE *restrict source, float *restrict average, int16_t *restrict second,         \
                             int64_t count, double weight)                                                              \
     {                                                                                                                  \
         const float w = (float)weight;                                                                                 \
@@ -93,19 +110,19 @@ INLINE float lerp(float average, float source, float weight)
         }                                                                                                              \
         for (int64_t i = 0; i < count; i++) {                                                                          \
             const float a = average[i];                                                                                \
-            const float update = lerp(from_bfloat16(second[i]), (float)LOAD(source[i]) - a, w);                        \
+            const float update = lerp(from_fraction(second[i], a), (float)LOAD(source[i]) - a, w);                        \
             const float new = a + update;                                                                              \
             average[i] = new;                                                                                          \
-            second[i] = to_bfloat16((a - new) + update);                                                               \
+            second[i] = to_fraction((a - new) + update, new);                                                               \
         }                                                                                                              \
     }                                                                                                                  \
     VERSIONS(NAME##_loop, NAME##_body,                                                                                 \
-             (const SOURCE *restrict source, float *restrict average, uint16_t *restrict second, int64_t count,        \
+             (const SOURCE *restrict source, float *restrict average, int16_t *restrict second, int64_t count,        \
               double weight),                                                                                          \
              (source, average, second, count, weight))                                                                 \
     DEFINE_UPDATE(NAME, 2,                                                                                             \
                   NAME##_loop(POINTER(const SOURCE, row[0]), POINTER(float, *average),                                 \
-                              POINTER(uint16_t, average[num_profiles]), row[1], weights[profile]))
+                              POINTER(int16_t, average[num_profiles]), row[1], weights[profile]))
 
 DEFINE_COMPENSATED(compensated_float32, float, from_float32)
 DEFINE_COMPENSATED(compensated_float64, double, )

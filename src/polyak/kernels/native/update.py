@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from polyak.kernels import fractions
 from polyak.kernels.native.chunks import cut_into_chunks
 from polyak.kernels.native.compiled import function, num_threads
 from polyak.kernels.pieces import is_dense
@@ -19,7 +20,6 @@ _AVERAGES = {
     "compensated": (torch.float32,),
     "stochastic": (torch.bfloat16, torch.float16),
 }
-_SECOND = torch.bfloat16
 
 
 def is_supported(row: Row) -> bool:
@@ -28,7 +28,7 @@ def is_supported(row: Row) -> bool:
     return (
         source.dtype in _FLOATS
         and row.averages[0].dtype in _AVERAGES[row.mode]
-        and all(second.dtype == _SECOND for second in row.seconds)
+        and all(second.dtype == fractions.DTYPE for second in row.seconds)
         and all(tensor.device.type == "cpu" and is_dense(tensor) for tensor in row.tensors)
         and (source.dim() <= 1 or all(tensor.stride() == source.stride() for tensor in others))
     )

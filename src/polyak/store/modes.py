@@ -1,0 +1,71 @@
+"""How averages are kept: in which dtype, and how they are rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyak.kernels import average_dtype, check_floating_point, dead_zone, tensor_key
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Modes:
+    """What the averages of a store are.
+
+    Attributes:
+        dtype: of floating-point averages, where it is not that of the source; 16 bits are rounded stochastically.
+        compensated: whether a second term holds what averages in float32 are short of.
+        seed: of stochastic rounding.
+    """
+
+    dtype: torch.dtype | None = None
+    compensated: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compensated, bool):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+            raise TypeError(f"compensated={self.compensated!r}: True or False is needed")
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed={self.seed!r}: a whole number from 0 to 2 ** 63 - 1 is needed")
+        if self.dtype is None:
+            return
+        check_floating_point(self.dtype)
+        if self.dtype not in (*_HALF, torch.float32, torch.float64):
+            raise ValueError(
+                f"dtype={self.dtype}: averages are kept in torch.float64, torch.float32, torch.bfloat16, torch.float16"
+            )
+        if self.compensated and self.dtype != torch.float32:
+            why = (
+                "rounds stochastically, and a second term would take the memory of torch.float32 for less than its "
+                "precision"
+                if self.dtype in _HALF
+                else f"has no need of it: its dead zone at decay 0.9999 is {dead_zone(self.dtype, 0.9999):.2g}"
+            )
+            raise ValueError(f"compensated=True, dtype={self.dtype}: an average in {self.dtype} {why}")
+
+    def average_of(self, source: Tensor, device: torch.device | None) -> Tensor:
+        """Memory for the average of a source, in its layout."""
+        kept = average_dtype(source.dtype) if self.dtype is None else self.dtype
+        if source.is_complex() and not kept.is_complex:
+            kept = torch.complex128 if kept == torch.float64 else torch.complex64
+        return torch.empty_like(source, dtype=kept, device=device, requires_grad=False).detach()
+
+    def second_of(self, average: Tensor) -> Tensor | None:
+        """The second term of an average, zero; complex numbers are pairs. None for one that has none."""
+        if not self.compensated or average.dtype not in (torch.float32, torch.complex64):
+            return None
+        pairs = torch.view_as_real(average) if average.is_complex() else average
+        return torch.zeros_like(pairs, dtype=torch.int16)
+
+    def key_of(self, name: str, average: Tensor) -> int | None:
+        """What the random bits of an average depend on, None for one that is rounded to nearest."""
+        return tensor_key(name) if self.is_stochastic and average.dtype in _HALF else None
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether averages are rounded stochastically."""
+        return self.dtype in _HALF
