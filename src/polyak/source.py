@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,34 +17,55 @@ from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
+_IS_SOMETHING = partial(is_not, None)
 
 
 class Watch:
-    """Tells whether a model still consists of the same modules and tensors, at the same addresses.
+    """Tells whether a model still consists of the same modules, with tensors at the same addresses.
 
-    It is asked at every update, touches no tensor's memory, and runs in C: about 0.1 microseconds for each tensor and
-    each module. It holds the model's parts, but not the model itself. Other strides at the same address, as of
-    `parameter.data = parameter.data.t()`, are seen by the thorough check only.
+    It is asked at every update, touches no tensor's memory, and runs in C: about 0.05 microseconds for each tensor and
+    each module. It holds the model's parts, but not the model itself. What the thorough check sees and this one does
+    not: other strides at the same address, as of `parameter.data = parameter.data.t()`, and another tensor object in
+    the same memory.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        self._holders: list[dict[str, Any]] = [
-            holder for module in modules for holder in (module._parameters, module._buffers, module._modules)
-        ]
-        # Strong references: an address, or the identity of an object, may be given to another one after it is gone.
-        self._values: list[object] = [value for holder in self._holders for value in holder.values()]
-        self._lengths = list(map(len, self._holders))
-        self._tensors = [value for value in self._values if isinstance(value, Tensor) and is_plain(value)]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
+        self._children = [module._modules for module in modules]
+        self._modules: list[object] = list(_values(self._children))
+        # Apart, for a pass over the values that need no look at what they are is twice as fast.
+        self._full: list[dict[str, Any]] = []
+        self._gaps: list[dict[str, Any]] = []
+        self._others: list[dict[str, Any]] = []
+        for holder in (holder for module in modules for holder in (module._parameters, module._buffers)):
+            found = [value for value in holder.values() if value is not None]
+            plain = all(isinstance(value, Tensor) and is_plain(value) for value in found)
+            (self._others if not plain else self._full if len(found) == len(holder) else self._gaps).append(holder)
+        self._other_values: list[object] = list(_values(self._others))
+        self._other_tensors = [t for t in self._other_values if isinstance(t, Tensor) and is_plain(t)]
+        # Strong references: an address may be given to another tensor after its own is gone.
+        self._held = list(_values(chain(self._full, self._gaps, self._others)))
+        self._addresses = self._find_addresses()
+
+    def _find_addresses(self) -> list[int]:
+        tensors = chain(_values(self._full), filter(_IS_SOMETHING, _values(self._gaps)), self._other_tensors)
+        return list(map(Tensor.data_ptr, tensors))
 
     def is_current(self) -> bool:
         """Whether nothing was added, removed or replaced."""
-        return (
-            list(map(len, self._holders)) == self._lengths
-            and all(map(is_, chain.from_iterable(map(dict[str, Any].values, self._holders)), self._values))
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-        )
+        try:
+            return (
+                # Lists compare their items by identity first, and a module equals no other.
+                list(_values(self._children)) == self._modules
+                and self._find_addresses() == self._addresses
+                and (not self._others or self._same_others())
+            )
+        except (RuntimeError, TypeError):
+            return False  # something without an address took a tensor's place
+
+    def _same_others(self) -> bool:
+        values = list(_values(self._others))
+        return len(values) == len(self._other_values) and all(map(is_, values, self._other_values))
 
 
 class Source:
@@ -142,7 +164,10 @@ class Source:
             else:
                 entries.append(replace(make_entry(sites, self._rules), name=name))
         unmoved = {entry.name: _view(entry.tensor) for entry in entries} == self._views
-        if model is not self.model or not unmoved or not self.is_current():
+        same = len(entries) == len(self.entries) and all(
+            entry.tensor is known[entry.name].tensor for entry in entries if entry.name in known
+        )
+        if model is not self.model or not (unmoved and same) or not self.is_current():
             self.model = model
             self._adopt(entries)
 
@@ -169,6 +194,10 @@ class Source:
             for entry, site in sites
             if site.tensor is not entry.tensor or _view(site.tensor) != self._views[entry.name]
         ]
+
+
+def _values(holders: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(map(dict[str, Any].values, holders))
 
 
 def _view(tensor: Tensor) -> tuple[object, ...]:

@@ -1,6 +1,7 @@
 """Arithmetic on lists of plain tensors: kernels know no modules and no profiles."""
 
 from .checksum import checksums as checksums
+from .copies import Copies as Copies
 from .eager import copy_ as copy_
 from .finite import find_non_finite as find_non_finite
 from .halves import average_inside as average_inside

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
-from polyak.kernels import Plan, Row, copy_, find_non_finite
+from polyak.kernels import Copies, Plan, Row, find_non_finite
 from polyak.store.modes import Modes
 from polyak.store.step import Step
 from polyak.store.swap import Swap
@@ -66,7 +66,7 @@ class LocalStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "_copies", "_all_averages", "_entries"}
+        derived = {"plan", "_copies", "_written", "_entries"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -116,8 +116,9 @@ class LocalStore:
 
     def _plan_updates(self) -> None:
         self.plan = Plan([self._row(name) for name in self.names], seed=self.modes.seed)
-        self._copies = list(self.copies.values()), [self._sources[name] for name in self.copies]
-        self._all_averages = [tensor for averages in self.averages.values() for tensor in averages.values()]
+        self._copies = Copies(list(self.copies.values()), [self._sources[name] for name in self.copies])
+        self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
+        self._written += self.copies.values()
 
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
@@ -130,10 +131,10 @@ class LocalStore:
         pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
         with torch.no_grad():
             self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
-            copy_(*self._copies)
+            self._copies.run()
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
-            torch.autograd.graph.increment_version(self._all_averages)
+            torch.autograd.graph.increment_version(self._written)
         self.pending = dict.fromkeys(pending, 0.0)
 
     def non_finite(self) -> list[str]:

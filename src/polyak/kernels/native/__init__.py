@@ -1,6 +1,7 @@
 """The kernels in C, for tensors on a CPU that fill their memory without gaps."""
 
 from .compiled import library as library
+from .memory import copy as copy
 from .memory import enter_halves as enter_halves
 from .memory import exchange as exchange
 from .memory import find_non_finite as find_non_finite

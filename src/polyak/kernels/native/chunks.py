@@ -30,7 +30,7 @@ class Chunks:
 
 
 def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | None = None) -> Chunks:
-    """Cuts rows of corresponding tensors, all of the same dtypes and each of one size.
+    """Cuts rows of corresponding tensors, each of one size.
 
     Args:
         rows: tensors that belong together.
@@ -44,5 +44,5 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
     starts = (number * CHUNK_ELEMENTS - before[row]).clamp_(min=0)
     ends = torch.minimum((number + 1) * CHUNK_ELEMENTS - before[row], sizes[row])
     bases = torch.tensor([[tensor.data_ptr() for tensor in each] for each in rows])
-    sizes_of_elements = torch.tensor([tensor.element_size() for tensor in rows[0]])
-    return Chunks(row, starts, ends - starts, bases[row] + starts[:, None] * sizes_of_elements)
+    widths = torch.tensor([[tensor.element_size() for tensor in each] for each in rows])
+    return Chunks(row, starts, ends - starts, bases[row] + starts[:, None] * widths[row])

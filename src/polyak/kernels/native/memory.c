@@ -39,6 +39,18 @@ EXPORT void polyak_exchange(const int64_t *table, int64_t num_chunks, int64_t *d
     *done = 1;
 }
 
+/* Where to, where from, and a number of bytes. */
+
+EXPORT void polyak_copy(const int64_t *table, int64_t num_chunks, int64_t *unused, int num_threads)
+{
+    (void)unused;
+    PARALLEL
+    for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
+        const int64_t *row = table + 3 * chunk;
+        memcpy(POINTER(char, row[0]), POINTER(char, row[1]), (size_t)row[2]);
+    }
+}
+
 /* The addresses of bfloat16 and of float32, and a number of elements; see halves.py. */
 
 INLINE void enter_body(uint16_t *restrict source, uint32_t *restrict average, int64_t count)

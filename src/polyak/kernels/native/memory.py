@@ -27,8 +27,8 @@ def is_reachable(*tensors: Tensor) -> bool:
     )
 
 
-class _Once:
-    """A call over a table that notes by itself that it was done, and then does nothing."""
+class _Call:
+    """A call over a table. Those that must not be made twice note by themselves that they were, and then do nothing."""
 
     def __init__(self, name: str, table: Tensor, num_elements: int, tensors: object) -> None:
         self._call = function(name, *_ARGUMENTS)
@@ -43,24 +43,31 @@ class _Once:
 
 def exchange(rows: Rows) -> Callable[[], None]:
     """What exchanges the values of the two tensors of each row, in place, when it is called for the first time."""
-    return _once("exchange", rows, in_bytes=True)
+    return _call("exchange", rows, in_bytes=True)
+
+
+def copy(rows: Rows) -> Callable[[], None]:
+    """What copies the second tensor of each row into the first, at each call."""
+    return _call("copy", rows, in_bytes=True)
 
 
 def enter_halves(rows: Rows) -> Callable[[], None]:
     """What puts the float32 average of each row into its bfloat16 source, when it is called for the first time."""
-    return _once("enter_halves", rows)
+    return _call("enter_halves", rows)
 
 
 def leave_halves(rows: Rows) -> Callable[[], None]:
     """What undoes `enter_halves`, when it is called for the first time."""
-    return _once("leave_halves", rows)
+    return _call("leave_halves", rows)
 
 
-def _once(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None]:
+def _call(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None]:
     chunks = cut_into_chunks(rows)
-    counts = chunks.counts * (rows[0][0].element_size() if in_bytes else 1)
+    counts = chunks.counts
+    if in_bytes:
+        counts = counts * torch.tensor([one.element_size() for one, _ in rows])[chunks.rows]
     table = torch.cat([chunks.addresses, counts[:, None]], dim=1)
-    return _Once(name, table, sum(one.numel() for one, _ in rows), list(rows))
+    return _Call(name, table, sum(one.numel() for one, _ in rows), list(rows))
 
 
 def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
