@@ -39,7 +39,7 @@ class Watch:
         self._others: list[dict[str, Any]] = []
         for holder in (holder for module in modules for holder in (module._parameters, module._buffers)):
             found = [value for value in holder.values() if value is not None]
-            plain = all(isinstance(value, Tensor) and is_plain(value) for value in found)
+            plain = all(map(is_plain, found))
             (self._others if not plain else self._full if len(found) == len(holder) else self._gaps).append(holder)
         self._other_values: list[object] = list(_values(self._others))
         self._other_tensors = [t for t in self._other_values if isinstance(t, Tensor) and is_plain(t)]
