@@ -17,6 +17,7 @@ from polyak.clock import Clock
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules, extra_states
 from polyak.errors import StateError, listed
+from polyak.kernels import Plan
 from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
 from polyak.source import Source
@@ -122,6 +123,16 @@ class WeightAverage:
     def time(self) -> float:
         """The time of the last call of `update`, in units of the time axis."""
         return self._core.clock.time
+
+    @property
+    def plan(self) -> Plan:
+        """Which tensor is updated by which kernel, and why; print it. POLYAK_KERNELS chooses among the kernels.
+
+        Example:
+            >>> print(WeightAverage(nn.Linear(2, 2).half(), dtype=torch.bfloat16).plan)  # doctest: +ELLIPSIS
+            ...: 2 tensors, 6 elements (stochastic, ...): weight, bias
+        """
+        return self._core.store.plan
 
     @property
     def is_swapped(self) -> bool:

@@ -3,7 +3,7 @@
 from .checksum import checksums as checksums
 from .copies import Copies as Copies
 from .eager import copy_ as copy_
-from .finite import find_non_finite as find_non_finite
+from .finite import FiniteTest as FiniteTest
 from .halves import average_inside as average_inside
 from .halves import exchange_halves as exchange_halves
 from .halves import raw_inside as raw_inside

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,25 +11,33 @@ from torch import Tensor
 from polyak.kernels import native
 
 
-def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
-    """The positions of the tensors that hold a NaN or an infinity.
+class FiniteTest:
+    """Finds infinities and NaNs in tensors, planned once and made many times.
 
     Reads each tensor once, and waits for each device once a dtype. In torch's own operations a sum is taken, which is
     finite where all of its terms are, unless it overflows, and then a second look decides.
 
+    Args:
+        tensors: floating-point or complex; they must stay where they are.
+
     Example:
-        >>> find_non_finite([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.full((2,), 3e38)])
+        >>> FiniteTest([torch.ones(2), torch.tensor([1.0, float("nan")]), torch.full((2,), 3e38)]).find()
         [1]
     """
-    groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        in_c = tensor.is_floating_point() and native.is_reachable(tensor)
-        groups.setdefault((tensor.device, tensor.dtype, in_c), []).append(position)
-    found: list[int] = []
-    for (*_, in_c), positions in groups.items():
-        group = [tensors[position] for position in positions]
-        found += [positions[i] for i in (native.find_non_finite(group) if in_c else _find(group))]
-    return sorted(found)
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        for position, tensor in enumerate(tensors):
+            in_c = tensor.is_floating_point() and native.is_reachable(tensor)
+            groups.setdefault((tensor.device, tensor.dtype, in_c), []).append(position)
+        self._groups: list[tuple[list[int], Callable[[], list[int]]]] = []
+        for (*_, in_c), positions in groups.items():
+            group = [tensors[position] for position in positions]
+            self._groups.append((positions, native.non_finite(group) if in_c else partial(_find, group)))
+
+    def find(self) -> list[int]:
+        """The positions of the tensors that hold a NaN or an infinity."""
+        return sorted(positions[i] for positions, find in self._groups for i in find())
 
 
 def _find(tensors: Sequence[Tensor]) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
-from polyak.kernels import Copies, Plan, Row, find_non_finite
+from polyak.kernels import Copies, FiniteTest, Plan, Row
 from polyak.store.modes import Modes
 from polyak.store.step import Step
 from polyak.store.swap import Swap
@@ -66,7 +66,7 @@ class LocalStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "_copies", "_written", "_entries"}
+        derived = {"plan", "_copies", "_written", "_finite_test", "_entries"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,6 +119,7 @@ class LocalStore:
         self._copies = Copies(list(self.copies.values()), [self._sources[name] for name in self.copies])
         self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
         self._written += self.copies.values()
+        self._finite_test: FiniteTest | None = None
 
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
@@ -139,7 +140,9 @@ class LocalStore:
 
     def non_finite(self) -> list[str]:
         """The names of averaged entries whose source holds a NaN or an infinity."""
-        return [self.plan.rows[i].name for i in find_non_finite([row.source for row in self.plan.rows])]
+        if self._finite_test is None:
+            self._finite_test = FiniteTest([row.source for row in self.plan.rows])
+        return [self.plan.rows[i].name for i in self._finite_test.find()]
 
     def swap_in(self, profile: str, *, buffers: Iterable[str], aside: bool) -> None:
         """Puts the average of a profile into the source, in place.

@@ -4,9 +4,9 @@ from .compiled import library as library
 from .memory import copy as copy
 from .memory import enter_halves as enter_halves
 from .memory import exchange as exchange
-from .memory import find_non_finite as find_non_finite
 from .memory import is_reachable as is_reachable
 from .memory import leave_halves as leave_halves
+from .memory import non_finite as non_finite
 from .memory import sums as sums
 from .update import Native as Native
 from .update import is_supported as is_supported

@@ -70,23 +70,35 @@ def _call(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None
     return _Call(name, table, sum(one.numel() for one, _ in rows), list(rows))
 
 
-def find_non_finite(tensors: Sequence[Tensor]) -> list[int]:
-    """The positions of the tensors that hold a NaN or an infinity; all are of one floating-point dtype."""
-    results, rows = _look(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", tensors)
-    return sorted({int(row) for row in rows[results != 0]})
+def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
+    """What finds the positions of those that hold a NaN or an infinity; all are of one floating-point dtype."""
+    look = _Look(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", tensors)
+
+    def find() -> list[int]:
+        found = look() != 0
+        return sorted({int(row) for row in look.rows[found]}) if bool(found.any()) else []
+
+    return find
 
 
 def sums(tensors: Sequence[Tensor]) -> list[int]:
     """The sum of each tensor's bits, read as signed integers, modulo 2 ** 64; all of one element size from 2 to 8."""
-    results, rows = _look(f"sum_{8 * tensors[0].element_size()}", tensors)
-    return cast("Any", torch.zeros(len(tensors), dtype=torch.int64).index_add_(0, rows, results)).tolist()
+    look = _Look(f"sum_{8 * tensors[0].element_size()}", tensors)
+    return cast("Any", torch.zeros(len(tensors), dtype=torch.int64).index_add_(0, look.rows, look())).tolist()
 
 
-def _look(name: str, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The results of a function for each chunk, and the positions of the tensors that the chunks are of."""
-    chunks = cut_into_chunks([(tensor,) for tensor in tensors])
-    table = torch.cat([chunks.addresses, chunks.counts[:, None]], dim=1)
-    results = torch.empty(len(table), dtype=torch.int64)
-    threads = num_threads(sum(tensor.numel() for tensor in tensors))
-    function(name, *_ARGUMENTS)(table.data_ptr(), len(table), results.data_ptr(), threads)
-    return results, chunks.rows
+class _Look:
+    """A call over a table that gives a number for each chunk, and the positions of the tensors that the chunks are of."""
+
+    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
+        chunks = cut_into_chunks([(tensor,) for tensor in tensors])
+        self.rows = chunks.rows
+        self._call = function(name, *_ARGUMENTS)
+        self._table = torch.cat([chunks.addresses, chunks.counts[:, None]], dim=1)
+        self._tensors = list(tensors)
+        self._results = torch.empty(len(self._table), dtype=torch.int64)
+        self._num_threads = num_threads(sum(tensor.numel() for tensor in tensors))
+
+    def __call__(self) -> Tensor:
+        self._call(self._table.data_ptr(), len(self._table), self._results.data_ptr(), self._num_threads)
+        return self._results
