@@ -21,8 +21,10 @@ from polyak.kernels.eager import Foreach, Staged
 from polyak.kernels.native import Native, is_supported, library
 from polyak.kernels.rounding import step_key
 from polyak.kernels.row import Mode, Row, real_rows
+from polyak.kernels.triton_launch import Triton, is_interpreted
+from polyak.kernels.triton_launch import is_supported as is_supported_by_triton
 
-KERNELS = {"native": Native, "foreach": Foreach, "staged": Staged}
+KERNELS = {"native": Native, "triton": Triton, "foreach": Foreach, "staged": Staged}
 
 _MAX_NAMES = 4
 
@@ -38,15 +40,16 @@ class _Group:
         more = f" and {len(self.rows) - _MAX_NAMES} more" if len(self.rows) > _MAX_NAMES else ""
         tensors = f"{len(self.rows)} tensor" + "s" * (len(self.rows) != 1)
         elements = sum(row.source.numel() for row in self.rows)
-        mode = "" if self.rows[0].mode == "plain" else f"{self.rows[0].mode}, "
-        return f"{self.kernel}: {tensors}, {elements} elements ({mode}{self.reason}): {names}{more}"
+        modes = "".join(f"{mode}, " for mode in sorted({row.mode for row in self.rows} - {"plain"}))
+        return f"{self.kernel}: {tensors}, {elements} elements ({modes}{self.reason}): {names}{more}"
 
 
 class Plan:
     """How to update a list of averages from their sources.
 
-    `native` is the kernel in C, for tensors on a CPU that fill their memory. `foreach` takes the other plain pairs that
-    are alike in dtype and device, all in one call; `staged` the rest, through scratch buffers. All have the same bits.
+    `native` is the kernel in C, for tensors on a CPU that fill their memory; `triton` the one for tensors on a GPU that
+    do, all of them in one launch. `foreach` takes the other plain pairs that are alike in dtype and device, all in one
+    call; `staged` the rest, through scratch buffers. All have the same bits.
     Averages and sources are updated in place and must not be replaced.
 
     Args:
@@ -63,12 +66,12 @@ class Plan:
         self.rows = tuple(rows)
         self._seed = seed
         allowed = _allowed(kernels)
-        grouped: dict[tuple[str, str, Mode, torch.dtype, torch.dtype, torch.device], list[Row]] = {}
+        grouped: dict[tuple[str, str, torch.device, tuple[Mode, torch.dtype, torch.dtype] | None], list[Row]] = {}
         for row in self.rows:
             kernel, reason = _choose(row, allowed)
             average = row.averages[0]
-            key = (kernel, reason, row.mode, row.source.dtype, average.dtype, average.device)
-            grouped.setdefault(key, []).append(row)
+            alike = None if kernel == "triton" else (row.mode, row.source.dtype, average.dtype)
+            grouped.setdefault((kernel, reason, average.device, alike), []).append(row)
         self.groups = tuple(_Group(kernel, reason, tuple(group)) for (kernel, reason, *_), group in grouped.items())
         self._runs = [
             KERNELS[group.kernel]([real for row in group.rows for real in real_rows(row)]).run for group in self.groups
@@ -93,7 +96,9 @@ class Plan:
 def _allowed(kernels: Sequence[str] | None) -> list[str]:
     if kernels is None:
         named = os.environ.get("POLYAK_KERNELS", "")
-        kernels = [name.strip() for name in named.split(",")] if named else list(KERNELS)
+        # Triton's interpreter is for those who ask for it.
+        usual = [name for name in KERNELS if name != "triton" or not is_interpreted()]
+        kernels = [name.strip() for name in named.split(",")] if named else usual
     unknown = [name for name in kernels if name not in KERNELS]
     if unknown:
         raise ValueError(f"there is no kernel {listed(unknown)}; the kernels are {listed(KERNELS)}")
@@ -105,6 +110,8 @@ def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:
     for kernel in allowed:
         if kernel == "native" and all(map(is_supported, real_rows(row))) and library() is not None:
             return kernel, "dense, on the CPU"
+        if kernel == "triton" and all(map(is_supported_by_triton, real_rows(row))):
+            return kernel, f"dense, on {average.device}"
         alike = source.device == average.device and source.dtype == average.dtype
         if kernel == "foreach" and alike and row.mode == "plain":
             return kernel, "same dtype and device"

@@ -1,0 +1,116 @@
+"""Arithmetic on bits for the kernels in Triton: fused sums, float formats, random bits, rounding by chance.
+
+The definitions are those of `rounding`; here they are 32-bit operations, of which a memory-bound kernel on an H200 has
+about twenty an element to spend.
+"""
+
+# pyright: basic, reportMissingImports=false
+# Triton has no types, and the body of a jitted function is not Python to a type checker.
+# ruff: noqa: N803  # constants of a kernel are upper case
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fma(x, y, z, INTERPRETED: tl.constexpr):
+    """`x * y + z`, rounded once; the interpreter's own would round twice."""
+    if INTERPRETED:
+        product = x.to(tl.float64) * y.to(tl.float64)
+        wide = z.to(tl.float64)
+        total = product + wide
+        # The product is exact. What the sum rounded away (Knuth's two-sum) makes its last bit odd, which keeps the
+        # second rounding, to float32, on the right side of a tie.
+        back = total - product
+        rest = (product - (total - back)) + (wide - back)
+        bits = total.to(tl.int64, bitcast=True)
+        away = (rest > 0.0) == (total > 0.0)
+        inexact = (tl.abs(rest) > 0.0) & ((bits & 1) == 0)
+        bits = bits + tl.where(inexact, tl.where(away, 1, -1), 0)
+        return bits.to(tl.float64, bitcast=True).to(tl.float32)
+    return tl.fma(x, y, z)
+
+
+@triton.jit
+def widen_bfloat16(bits):
+    """The float32 of the 16 bits of a bfloat16, given as int16."""
+    return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def narrow_bfloat16(x, INTERPRETED: tl.constexpr):
+    """The 16 bits of the nearest bfloat16, as int16; the interpreter's own conversion does not round ties to even."""
+    if INTERPRETED:
+        words = x.to(tl.int32, bitcast=True)
+        # The cast keeps the lower 16 bits. What is added carries into the exponent, as it should.
+        rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
+        return tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
+    return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+
+
+@triton.jit
+def mix64(z):
+    """The finalizer of SplitMix64, on one uint64."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def random_bits(places, lower, upper):
+    """32 random bits for each place; all are uint32.
+
+    `upper` is the upper half of the key times the last factor: `(x + key) * c` is `x * c + key * c`, one operation.
+    """
+    x = places ^ lower
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 + upper
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _carry(field, outward, random):
+    """-1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits.
+
+    Args:
+        field: the exponent of the number, where it stands in its bits.
+        outward: what is to be added to its magnitude.
+        random: uint32.
+    """
+    # 2 ** 16 over the last bit, by its bits: 293 = 127 + 127 + 23 + 16, and the difference fits after it wrapped.
+    scale = tl.where(field < 39 << 23, 0, -0x6D800000 - field)
+    last_bits = outward * scale.to(tl.float32, bitcast=True)
+    last_bits = tl.minimum(tl.maximum(last_bits, -65536.0), 65536.0).to(tl.int32)
+    return (last_bits + (random & 0xFFFF).to(tl.int32)) >> 16
+
+
+@triton.jit
+def round_bfloat16(high, low, random):
+    """`high + low` by chance to one of the two bfloat16 about it, as int16."""
+    words = high.to(tl.int32, bitcast=True)
+    field = words & 0x7F800000
+    outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
+    # The sign bit stays out of the sum: the magnitude of a finite number has room above it.
+    rounded = words + _carry(field, outward, random) + (random >> 16).to(tl.int32)
+    special = tl.where(high != high, words | 0x400000, words)
+    return (tl.where(field == 0x7F800000, special, rounded) >> 16).to(tl.int16)
+
+
+@triton.jit
+def round_float16(high, low, random):
+    """`high + low` by chance to one of the two float16 about it, as int16."""
+    words = high.to(tl.int32, bitcast=True)
+    magnitude = words & 0x7FFFFFFF
+    field = words & 0x7F800000
+    outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
+    rounded = magnitude + _carry(field, outward, random) + (random >> 19).to(tl.int32)
+    rounded = tl.minimum((rounded >> 13) - (112 << 10), 0x7C00)
+    # Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits; 31 bits in all.
+    fixed = (tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True) * 17592186044416.0).to(tl.int32)
+    rest = tl.minimum(tl.maximum(outward * 17592186044416.0, -1048576.0), 1048576.0).to(tl.int32)
+    fixed = tl.maximum(fixed + rest + (random >> 12).to(tl.int32), 0) >> 20
+    rounded = tl.where(magnitude < 0x38800000, fixed, rounded)
+    special = tl.where(high != high, 0x7E00, 0x7C00)
+    return (tl.where(field == 0x7F800000, special, rounded) | ((words >> 16) & 0x8000)).to(tl.int16)

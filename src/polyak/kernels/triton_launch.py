@@ -1,0 +1,171 @@
+"""The kernel in Triton: every average of many tensors in one launch, whatever their dtypes and modes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from polyak.errors import outside
+from polyak.kernels.row import Row
+from polyak.kernels.triton_control import Control
+from polyak.kernels.triton_table import fits, make_table
+
+# The oldest that Triton makes code for.
+_MIN_CAPABILITY = (8, 0)
+# With blocks of 1024 elements, two accesses of 16 bytes to each tensor for each thread.
+_NUM_WARPS = 4
+
+
+@functools.cache
+def is_importable() -> bool:
+    """Whether Triton can be imported; where it cannot that is said, once."""
+    try:
+        import_module("triton")
+    except ImportError as error:
+        warnings.warn(
+            f"polyak's kernel for GPUs needs Triton, which cannot be imported ({error}); torch's own operations do the "
+            "same, more slowly",
+            stacklevel=outside(),
+        )
+        return False
+    return True
+
+
+def is_interpreted() -> bool:
+    """Whether Triton was told to interpret its kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def is_supported(row: Row) -> bool:
+    """Whether the kernel can update these averages from this source, here."""
+    device = row.source.device
+    if device.type == "cuda":
+        can_run = not is_interpreted() and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+    else:
+        can_run = device.type == "cpu" and is_interpreted()
+    return can_run and fits(row) and is_importable()
+
+
+class Triton:
+    """A table in device memory, made once; a launch goes through it at each update.
+
+    `run` and `run_pending` allocate nothing on the device and wait for nothing.
+
+    Args:
+        rows: those that fit, all on one device and with as many averages each. Their tensors must stay where they are.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        assert all(map(fits, rows))
+        self._rows = tuple(rows)
+        self._averages = [tensor for row in rows for tensor in (*row.averages, *row.seconds)]
+        self._device = rows[0].source.device
+        self._table = table = make_table(rows)
+        self._grid = (len(table.chunks),)
+        self._bad_rows = torch.zeros(len(rows), dtype=torch.int32, device=self._device)
+        # Triton is imported by the first plan that needs it, and not with the package.
+        self._update: Any = import_module("polyak.kernels.triton_update")
+        self._skip: Any = import_module("polyak.kernels.triton_skip")
+        self._constants = {
+            "KINDS": table.kinds,
+            "PROFILES": table.num_profiles,
+            "BLOCK": table.block,
+            "INTERPRETED": is_interpreted(),
+        }
+        # No product is fused with a sum but where it says so.
+        self._options = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
+
+    def run(self, weights: Sequence[float], step: int) -> None:
+        """Moves the averages of each column towards the sources, with one weight a column."""
+        if not self._grid[0]:
+            return
+        encoded = tuple(map(_encoded, weights))
+        with self._here():
+            self._update.update[self._grid](
+                self._table.rows, self._table.chunks, step, encoded, **self._constants, **self._options
+            )
+        self._changed()
+
+    def find_bad(self, control: Control) -> None:
+        """Raises the flag of the control where a source holds a NaN or an infinity."""
+        if not self._grid[0]:
+            return
+        with self._here():
+            self._skip.find_bad[self._grid](
+                self._table.rows,
+                self._table.chunks,
+                control.flag,
+                self._bad_rows,
+                SOURCES=tuple(sorted({kind % 6 for kind in self._table.kinds})),
+                PROFILES=self._table.num_profiles,
+                BLOCK=self._table.block,
+                num_warps=_NUM_WARPS,
+            )
+
+    def bad_names(self) -> list[str]:
+        """The names of the rows in which `find_bad` found something since this was asked last; waits for the device."""
+        bad = self._bad_rows.tolist()
+        self._bad_rows.zero_()
+        return list(dict.fromkeys(row.name for row, is_bad in zip(self._rows, bad, strict=True) if is_bad))
+
+    def run_pending(self, control: Control, *, found_inf: torch.Tensor | None = None) -> None:
+        """Applies the growth that is pending, unless the flag of the control is raised; lowers the flag.
+
+        Args:
+            control: on the device of the averages.
+            found_inf: one number on that device; anything but zero skips the update like the flag.
+        """
+        self.settle(control, found_inf=found_inf)
+        self.run_settled(control)
+
+    def settle(self, control: Control, *, found_inf: torch.Tensor | None = None) -> None:
+        """Decides whether what is pending is applied, for all tables that share the control."""
+        torch.expm1(control.minus_pending, out=control.minus_weights)
+        num_profiles = len(control.weights)
+        with self._here():
+            self._skip.settle[(1,)](
+                control.minus_weights,
+                control.minus_pending,
+                control.never if found_inf is None else found_inf,
+                control.flag,
+                control.counts,
+                control.weights,
+                PROFILES=num_profiles,
+                SIZE=1 << (num_profiles - 1).bit_length(),
+                num_warps=1,
+            )
+
+    def run_settled(self, control: Control) -> None:
+        """Updates with what `settle` decided."""
+        if not self._grid[0]:
+            return
+        with self._here():
+            self._update.update_settled[self._grid](
+                self._table.rows,
+                self._table.chunks,
+                control.counts,
+                control.weights,
+                **self._constants,
+                **self._options,
+            )
+        self._changed()
+
+    def _here(self) -> AbstractContextManager[Any]:
+        # Triton launches on the current device.
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+    def _changed(self) -> None:
+        # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
+        torch.autograd.graph.increment_version(self._averages)
+
+
+def _encoded(weight: float) -> float:
+    """The weight as the kernel takes it: what rounds to 0 or 1 in float32 is another thing than 0 and 1."""
+    return {0.0: -1.0, 1.0: 2.0}.get(weight, weight)

@@ -1,0 +1,119 @@
+"""The table that a Triton kernel goes through: what it needs to know of rows and of their chunks, in device memory.
+
+A row has 64-bit columns: source, key, first, averages, second terms (the addresses of the tensors; 0 for none).
+A chunk has two: where it starts in its row, in elements; and the number of the row, the number of elements and the
+kind, 32, 16 and 16 bits from the lowest on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polyak.kernels.pieces import is_dense
+from polyak.kernels.row import Row
+
+SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+# Mode, dtype of the averages, dtype of the second terms. The numbers of both lists are known to the kernel.
+FORMS = (
+    ("plain", torch.float32, None),
+    ("compensated", torch.float32, torch.bfloat16),
+    ("compensated", torch.float32, torch.float32),
+    ("stochastic", torch.bfloat16, None),
+    ("stochastic", torch.float16, None),
+)
+# Elements of one access of a thread: 16 bytes of float32, 8 of the others. A wider one for 16 bits would have to be
+# shuffled between threads wherever it meets float32.
+VECTOR = 4
+# Elements that a program takes at once: 8 for each of 128 threads, and one program for a 32x32 tensor.
+BLOCK = 1024
+# A chunk is so many blocks at most. Looking up a row and mixing its key cost a thread some 60 operations, which 64
+# elements share; and 7e9 elements make 14 MB of chunks.
+_MAX_BLOCKS = 8
+# Fewer blocks a chunk where there would be fewer programs than this: about four times what 132 multiprocessors hold.
+_PROGRAMS = 8192
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a kernel reads.
+
+    Attributes:
+        rows: int64, on the device.
+        chunks: int64, on the device; shuffled by nothing: neighbours in memory are neighbours here.
+        kinds: those of the chunks, each once, in order.
+        num_profiles: averages of each row.
+        block: elements that a program takes at once.
+    """
+
+    rows: Tensor
+    chunks: Tensor
+    kinds: tuple[int, ...]
+    num_profiles: int
+    block: int
+
+
+def fits(row: Row) -> bool:
+    """Whether the kernel can update these averages from this source, given that it can run on their device."""
+    average, *_ = row.averages
+    return (
+        row.source.dtype in SOURCES
+        and (row.mode, average.dtype, row.seconds[0].dtype if row.seconds else None) in FORMS
+        and all(is_dense(tensor) and not tensor.is_neg() for tensor in row.tensors)
+        and all(tensor.device == row.source.device for tensor in row.tensors)
+        and all(_strides(tensor) == _strides(row.source) for tensor in row.tensors)
+    )
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """The table of rows that fit, all on one device and with as many averages each."""
+    total = sum(row.source.numel() for row in rows)
+    blocks = min(max(total // (_PROGRAMS * BLOCK), 1), _MAX_BLOCKS)
+    chunks = [chunk for number, row in enumerate(rows) for chunk in _chunks(number, row, blocks * BLOCK)]
+    chunk_table = torch.cat(chunks) if chunks else torch.empty(0, 2, dtype=torch.int64)
+    device = rows[0].source.device
+    return Table(
+        rows=torch.tensor([_record(row) for row in rows], dtype=torch.int64).to(device),
+        chunks=chunk_table.to(device),
+        kinds=tuple(sorted(set((chunk_table[:, 1] >> 48).tolist()))),
+        num_profiles=len(rows[0].averages),
+        block=BLOCK,
+    )
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+
+
+def _record(row: Row) -> list[int]:
+    key = row.key or 0
+    seconds = [second.data_ptr() for second in row.seconds] or [0] * len(row.averages)
+    averages = [average.data_ptr() for average in row.averages]
+    return [row.source.data_ptr(), key - (key >> 63 << 64), row.first, *averages, *seconds]
+
+
+def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
+    """The chunks of one row: those that vectors can read, and what is left over or not aligned."""
+    form = FORMS.index((row.mode, row.averages[0].dtype, row.seconds[0].dtype if row.seconds else None))
+    kind = 2 * (SOURCES.index(row.source.dtype) + len(SOURCES) * form)
+    for start, stop in _segments(row):
+        aligned = all((t.data_ptr() + start * t.element_size()) % (VECTOR * t.element_size()) == 0 for t in row.tensors)
+        # A small tensor of an odd size is one chunk, not two.
+        whole = stop - start >= BLOCK or (stop - start) % VECTOR == 0
+        middle = start + (stop - start) // VECTOR * VECTOR if aligned and whole else start
+        for first, last, is_vector in ((start, middle, 1), (middle, stop, 0)):
+            starts = torch.arange(first, last, elements)
+            counts = (last - starts).clamp(max=elements)
+            yield torch.stack([starts, number | counts << 32 | (kind + is_vector) << 48], dim=1)
+
+
+def _segments(row: Row) -> Iterator[tuple[int, int]]:
+    """The row, cut where the upper 32 bits of an element's number change, which the key depends on."""
+    start, size = 0, row.source.numel()
+    while start < size:
+        stop = min(size, (((row.first + start >> 32) + 1) << 32) - row.first)
+        yield start, stop
+        start = stop

@@ -1,0 +1,393 @@
+"""What the kernel in Triton must do, bit for bit, on a GPU or in Triton's interpreter on the CPU.
+
+`test_triton` runs this file by itself, in a process of its own, because Triton must be told to interpret before it is
+imported; `test_gpu` takes the same tests for CUDA tensors.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+
+import pytest
+import torch
+
+from polyak.kernels import Plan, Row, rounding, triton_launch, triton_table
+from polyak.kernels.eager import Staged
+from polyak.kernels.row import real_rows
+from polyak.kernels.triton_control import Control, ControlState
+from polyak.kernels.triton_launch import Triton
+from reference import modes
+
+INTERPRETED = triton_launch.is_interpreted()
+DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda")
+# NaN and infinity go through numpy there.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _call = interpreter.InterpretedFunction.__call__
+
+    def _call_quickly(self, *args, **kwargs):
+        """At each call inside of a kernel the interpreter patches all of Triton's language again, which takes long."""
+        if self.fn.__module__.startswith("polyak"):
+            return self.rewrite()(*args, **kwargs)
+        return _call(self, *args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = _call_quickly
+
+SOURCES = [torch.float32, torch.bfloat16, torch.float16]
+FORMS = triton_table.FORMS
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "odd": lambda t: t.flatten()[:51].clone(),
+    "scalar": lambda t: t.flatten()[0].clone(),
+    "empty": lambda t: t[:0].clone(),
+    "transposed": lambda t: t.transpose(0, 1),
+    "unaligned": lambda t: t.flatten()[1:],
+    "channels last": lambda t: t.view(2, 3, 2, 5).to(memory_format=torch.channels_last),
+}
+WEIGHTS = [0.0, 1e-50, 1e-6, 1e-4, 0.3, 0.5, 0.7, 1 - 1e-9, 1.0]
+STEP = rounding.step_key(7, 3)
+
+
+def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
+    """A row of one form, with averages near the source and second terms that are small beside them."""
+    mode, dtype, second_dtype = form
+
+    def like_source(values, dtype):
+        # Of the layout of the source, and as unaligned.
+        room = torch.empty(source.untyped_storage().size() // source.itemsize, dtype=dtype, device=DEVICE)
+        return room.as_strided(source.shape, source.stride(), source.storage_offset()).copy_(values)
+
+    noise = [torch.randn(source.shape, device=DEVICE) * spread for _ in range(2 * profiles)]
+    averages = tuple(like_source(source.float() + part, dtype) for part in noise[:profiles])
+    seconds = tuple(like_source(part * 1e-8, second_dtype) for part in noise[profiles:]) if second_dtype else ()
+    return Row(name, source, averages, seconds, key=rounding.tensor_key(name) if mode == "stochastic" else None, **more)
+
+
+def make_rows(*, profiles=1, spread=1.0, shape=(6, 10), **more):
+    """One row for each source, form and layout."""
+    torch.manual_seed(0)
+    return [
+        make_row(
+            layout(torch.randn(shape, device=DEVICE).to(source)),
+            form,
+            profiles=profiles,
+            name=f"{layout_name} {source} {form}",
+            spread=spread,
+            **more,
+        )
+        for source, form, (layout_name, layout) in itertools.product(SOURCES, FORMS, LAYOUTS.items())
+    ]
+
+
+def clone(row):
+    """The same row with averages of its own."""
+    return dataclasses.replace(
+        row,
+        averages=tuple(torch.empty_like(t).copy_(t) for t in row.averages),
+        seconds=tuple(torch.empty_like(t).copy_(t) for t in row.seconds),
+    )
+
+
+def expected(row, weights, step=STEP):
+    """The averages and second terms of a row after an update, one tensor at a time, on the CPU."""
+    source = row.source.cpu()
+    if row.mode == "compensated":
+        pairs = [
+            modes.compensated(average.cpu(), second.cpu(), source, weight)
+            for average, second, weight in zip(row.averages, row.seconds, weights, strict=True)
+        ]
+        return [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
+    if row.mode == "stochastic":
+        return [
+            modes.stochastic(average.cpu(), source, weight, step, row.key, row.first)
+            for average, weight in zip(row.averages, weights, strict=True)
+        ]
+    return [modes.lerp(average.cpu(), source, weight) for average, weight in zip(row.averages, weights, strict=True)]
+
+
+def bits(tensor):
+    """The bits of a tensor, in which all NaNs are one."""
+    tensor = tensor.cpu()
+    words = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    return words.masked_fill(tensor.isnan(), -1)
+
+
+def assert_same(row, tensors, hint=None):
+    for found, right in zip((*row.averages, *row.seconds), tensors, strict=True):
+        assert torch.equal(bits(found), bits(right)), (row.name, hint)
+
+
+def check(rows, weights, step=STEP, *, against_staged=True):
+    """One launch for all rows, against the reference and against the kernel in torch's own operations."""
+    right = [expected(row, weights, step) for row in rows]
+    twins = [clone(row) for row in rows]
+    sources = [bits(row.source) for row in rows]
+    Triton(rows).run(weights, step)
+    for row, tensors, source in zip(rows, right, sources, strict=True):
+        assert_same(row, tensors, weights)
+        assert torch.equal(bits(row.source), source)
+    if against_staged:
+        for group in Plan(twins, kernels=["staged"]).groups:
+            Staged([real for row in group.rows for real in real_rows(row)]).run(weights, step)
+        for row, twin in zip(rows, twins, strict=True):
+            assert_same(row, (*twin.averages, *twin.seconds), weights)
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch):
+    """The interpreter takes as long for a block of 64 elements as for one, and no tensor here is larger."""
+    monkeypatch.setattr(triton_table, "BLOCK", 64)
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_every_source_form_and_layout_in_one_launch(weight):
+    check(make_rows(), [weight])
+
+
+@pytest.mark.parametrize(
+    "weights", [(0.0, 1e-4), (0.3, 1e-6), (0.7, 0.5), (1.0, 0.3), (0.0, 1e-6, 1e-4, 0.3), (0.5, 0.7, 1.0, 1e-3)], ids=str
+)
+def test_several_profiles(weights):
+    check(make_rows(profiles=len(weights)), list(weights))
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1e-3, 1e3])
+def test_averages_near_the_source_and_far_from_it(spread):
+    check(make_rows(spread=spread), [0.01])
+
+
+def test_a_finite_average_that_equals_its_source_stays():
+    for weight in WEIGHTS:
+        rows = [row for row in make_rows(spread=0.0) if row.source.dtype == row.averages[0].dtype]
+        Triton(rows).run([weight], STEP)
+        for row in rows:
+            assert torch.equal(bits(row.averages[0]), bits(row.source)), (row.name, weight)
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_several_chunks(block, monkeypatch):
+    monkeypatch.setattr(triton_table, "BLOCK", block)
+    rows = [row for row in make_rows() if row.source.dim() != 4]
+    assert len(Triton(rows)._table.chunks) > 1.5 * len(rows)
+    check(rows, [0.3])
+
+
+@pytest.mark.parametrize("maximum", [1, 3])
+def test_several_blocks_a_chunk(maximum, monkeypatch):
+    monkeypatch.setattr(triton_table, "BLOCK", 16)
+    monkeypatch.setattr(triton_table, "_PROGRAMS", 1)
+    monkeypatch.setattr(triton_table, "_MAX_BLOCKS", maximum)
+    rows = [row for row in make_rows() if row.source.dim() != 4]
+    check(rows, [0.3])
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("first", [5, 2**32 - 30, 2**33 - 1, 5 * 2**32 + 3])
+def test_random_bits_follow_an_elements_place_in_the_whole_tensor(first):
+    torch.manual_seed(1)
+    sources = [torch.randn(60, device=DEVICE).to(dtype) for dtype in SOURCES]
+    rows = [make_row(source, form, first=first) for source in sources for form in FORMS[3:]]
+    check(rows, [0.01])
+
+
+def test_random_bits_for_large_and_small_keys():
+    source = torch.randn(60, device=DEVICE)
+    for key, step in itertools.product([0, 1, 2**63 - 1, 2**63, 2**64 - 1], [0, 16, 2**31, 2**63, 2**64 - 1]):
+        check([dataclasses.replace(make_row(source, FORMS[3]), key=key)], [0.1], step, against_staged=False)
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-39, 6e-8, 6.1e-5, 65504.0, 65520.0, 3.38e38, 3.4e38, -3.4e38]
+SPECIAL += [float("inf"), -float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_extreme_numbers(form):
+    one, other = torch.tensor(list(itertools.product(SPECIAL, SPECIAL)), device=DEVICE).T.contiguous()
+    for weights in zip(*[iter(WEIGHTS)] * 3, strict=True):
+        rows = [make_row(one.to(dtype), form, profiles=3) for dtype in SOURCES]
+        for row in rows:
+            for average in row.averages:
+                average.copy_(other)
+        check(rows, list(weights))
+
+
+def test_complex_tensors_go_as_pairs():
+    torch.manual_seed(0)
+    source, average = (torch.randn(6, 10, dtype=torch.complex64, device=DEVICE) for _ in range(2))
+    right = modes.lerp(average.cpu(), source.cpu(), 0.3)
+    plan = Plan([Row("x", source, (average,))], kernels=["triton"])
+    plan.run([0.3])
+    assert torch.equal(average.cpu(), right)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("float64", torch.ones(4, dtype=torch.float64, device=DEVICE), (torch.ones(4, device=DEVICE),)),
+        Row("plain 16 bits", torch.ones(4, device=DEVICE), (torch.ones(4, device=DEVICE).half(),)),
+        Row("gaps", torch.ones(4, 4, device=DEVICE)[:, 1:], (torch.ones(4, 3, device=DEVICE),)),
+        Row("another layout", torch.ones(4, 3, device=DEVICE), (torch.ones(3, 4, device=DEVICE).t(),)),
+        Row("another place", torch.ones(4, device=DEVICE), (torch.ones(4, device="meta"),)),
+        real_rows(
+            Row(
+                "negated",
+                torch.ones(1, dtype=torch.complex64, device=DEVICE).conj(),
+                (torch.ones(1, dtype=torch.complex64, device=DEVICE),),
+            )
+        )[1],
+    ],
+    ids=lambda row: row.name,
+)
+def test_what_is_not_for_this_kernel(row):
+    with pytest.raises(ValueError, match="no kernel of 'triton' fits"):
+        Plan([row], kernels=["triton"])
+
+
+def test_the_plan_takes_all_rows_in_one_group():
+    rows = make_rows()
+    plan = Plan([*rows, Row("wide", torch.ones(4).double(), (torch.ones(4),))], kernels=["triton", "staged"], seed=7)
+    assert [group.kernel for group in plan.groups] == ["triton", "staged"]
+    assert str(plan).startswith(f"triton: {len(rows)} tensors, {sum(row.source.numel() for row in rows)} elements (compensated, stochastic, dense, on ")
+    right = [expected(row, [0.3]) for row in rows]
+    plan.run([0.3], 3)
+    for row, tensors in zip(rows, right, strict=True):
+        assert_same(row, tensors)
+
+
+def test_a_change_is_seen_by_autograd():
+    source = torch.ones(4, device=DEVICE)
+    average = torch.zeros(4, device=DEVICE)
+    before = average._version
+    Triton([Row("x", source, (average,))]).run([0.5], 0)
+    assert average._version > before
+
+
+def weight_of(growth):
+    """As the host computes it."""
+    return -math.expm1(-growth)
+
+
+def control_for(rows, **more):
+    return Control(len(rows[0].averages), device=DEVICE, seed=7, **more)
+
+
+class TestControl:
+    """Growth on the device, and steps that are skipped."""
+
+    growths = [(0.1, float("inf")), (0.3, 0.01), (0.05, 0.0), (1e-5, 1e-3), (40.0, 0.2)]
+    bad_steps = {1, 3}
+
+    def replay(self, rows, spoil, *, found_inf=None):
+        """Five updates, two of them bad, against the same averages updated three times with the sums."""
+        twins = [clone(row) for row in rows]
+        kernel, control = Triton(rows), control_for(rows)
+        pending = [0.0, 0.0]
+        number = 0
+        for step, growths in enumerate(self.growths):
+            bad = step in self.bad_steps
+            before = [bits(t) for row in rows for t in row.tensors[1:]]
+            restore = spoil(rows, bad)
+            control.add(growths)
+            kernel.find_bad(control)
+            kernel.run_pending(control, found_inf=found_inf)
+            restore()
+            pending = [one + other for one, other in zip(pending, growths, strict=True)]
+            assert kernel.bad_names() == ([rows[3].name] if bad and found_inf is None else [])
+            if bad:
+                assert all(map(torch.equal, before, (bits(t) for row in rows for t in row.tensors[1:])))
+                assert control.read().pending == tuple(pending)
+                continue
+            number += 1
+            right = [expected(row, list(map(weight_of, pending)), rounding.step_key(7, number)) for row in twins]
+            for row, twin, tensors in zip(rows, twins, right, strict=True):
+                assert_same(row, tensors, step)
+                for mine, other in zip(twin.tensors[1:], tensors, strict=True):
+                    mine.copy_(other)
+            pending = [0.0, 0.0]
+            assert control.read().pending == (0.0, 0.0)
+        assert control.read() == ControlState(pending=(0.0, 0.0), number=3, skipped=2)
+
+    @pytest.mark.protects
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_a_bad_source_skips_and_growth_stays_pending(self, value):
+        def spoil(rows, bad):
+            source = rows[3].source.view(-1)
+            kept = source.clone()
+            if bad:
+                source[-1] = value
+            return lambda: source.copy_(kept)
+
+        contiguous = [row for row in make_rows(profiles=2) if "contiguous" in row.name or "odd" in row.name]
+        self.replay(contiguous, spoil)
+
+    @pytest.mark.protects
+    def test_a_step_that_the_optimizer_skipped(self):
+        found_inf = torch.zeros(1, device=DEVICE)
+
+        def spoil(rows, bad):
+            found_inf.fill_(float(bad))
+            return lambda: None
+
+        rows = [row for row in make_rows(profiles=2) if "unaligned" in row.name]
+        self.replay(rows, spoil, found_inf=found_inf)
+
+    @pytest.mark.protects
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_finds_what_is_not_finite_anywhere(self, value):
+        rows = make_rows()
+        largest = {dtype: torch.finfo(dtype).max for dtype in SOURCES}
+        for row in rows:
+            row.source.fill_(-largest[row.source.dtype])
+        kernel, control = Triton(rows), control_for(rows)
+        kernel.find_bad(control)
+        assert not int(control.flag)
+        for row in rows[::9]:
+            for place in {0, row.source.numel() // 2, row.source.numel() - 1} if row.source.numel() else ():
+                flat = row.source.as_strided((row.source.numel(),), (1,))
+                flat[place] = value
+                kernel.find_bad(control)
+                assert int(control.flag)
+                assert kernel.bad_names() == [row.name]
+                control.flag.zero_()
+                flat[place] = 1.0
+
+    def test_nothing_pending_changes_nothing_and_is_not_counted(self):
+        rows = make_rows()
+        before = [bits(row.averages[0]) for row in rows]
+        kernel, control = Triton(rows), control_for(rows)
+        kernel.run_pending(control)
+        assert all(map(torch.equal, before, (bits(row.averages[0]) for row in rows)))
+        assert control.read() == ControlState((0.0,), 0, 0)
+
+    def test_the_number_of_the_update_may_be_given(self):
+        (row,) = rows = [make_row(torch.randn(60, device=DEVICE), FORMS[3])]
+        right = expected(row, [weight_of(0.2)], rounding.step_key(7, 41))
+        control = control_for(rows)
+        control.add([0.2], number=41)
+        Triton(rows).run_pending(control)
+        assert_same(row, right)
+        assert control.read().number == 41
+
+    def test_state_goes_to_another_control(self):
+        state = ControlState(pending=(0.25, float("inf")), number=5, skipped=2)
+        control = Control(2, device=DEVICE)
+        control.write(state)
+        assert control.read() == state
+        assert Control(1, device=DEVICE, number=9).read() == ControlState((0.0,), 9, 0)
+
+    def test_several_tables_share_a_control(self):
+        rows = make_rows()
+        right = [expected(row, [weight_of(0.2)], rounding.step_key(7, 1)) for row in rows]
+        one, other, control = Triton(rows[:50]), Triton(rows[50:]), control_for(rows)
+        control.add([0.2])
+        one.find_bad(control)
+        other.find_bad(control)
+        one.settle(control)
+        one.run_settled(control)
+        other.run_settled(control)
+        for row, tensors in zip(rows, right, strict=True):
+            assert_same(row, tensors)
