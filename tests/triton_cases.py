@@ -7,7 +7,6 @@ imported; `test_gpu` takes the same tests for CUDA tensors.
 import dataclasses
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -67,19 +66,19 @@ def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
     return Row(name, source, averages, seconds, key=rounding.tensor_key(name) if mode == "stochastic" else None, **more)
 
 
-def make_rows(*, profiles=1, spread=1.0, shape=(6, 10), **more):
-    """One row for each source, form and layout."""
+def make_rows(*layouts, profiles=1, spread=1.0):
+    """One row for each source, form and layout; default: all layouts."""
     torch.manual_seed(0)
+    chosen = {name: LAYOUTS[name] for name in layouts or LAYOUTS}
     return [
         make_row(
-            layout(torch.randn(shape, device=DEVICE).to(source)),
+            layout(torch.randn(6, 10, device=DEVICE).to(source)),
             form,
             profiles=profiles,
             name=f"{layout_name} {source} {form}",
             spread=spread,
-            **more,
         )
-        for source, form, (layout_name, layout) in itertools.product(SOURCES, FORMS, LAYOUTS.items())
+        for source, form, (layout_name, layout) in itertools.product(SOURCES, FORMS, chosen.items())
     ]
 
 
@@ -121,6 +120,11 @@ def assert_same(row, tensors, hint=None):
         assert torch.equal(bits(found), bits(right)), (row.name, hint)
 
 
+def positive_zeros(tensor):
+    """The tensor without signs of zeros: torch's own differ, where a weight rounds to 1, between a CPU and a GPU."""
+    return tensor.masked_fill(tensor == 0, 0.0)
+
+
 def check(rows, weights, step=STEP, *, against_staged=True):
     """One launch for all rows, against the reference and against the kernel in torch's own operations."""
     right = [expected(row, weights, step) for row in rows]
@@ -134,7 +138,8 @@ def check(rows, weights, step=STEP, *, against_staged=True):
         for group in Plan(twins, kernels=["staged"]).groups:
             Staged([real for row in group.rows for real in real_rows(row)]).run(weights, step)
         for row, twin in zip(rows, twins, strict=True):
-            assert_same(row, (*twin.averages, *twin.seconds), weights)
+            for found, other in zip(row.tensors[1:], twin.tensors[1:], strict=True):
+                assert torch.equal(bits(positive_zeros(found)), bits(positive_zeros(other))), (row.name, weights)
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +154,9 @@ def test_every_source_form_and_layout_in_one_launch(weight):
 
 
 @pytest.mark.parametrize(
-    "weights", [(0.0, 1e-4), (0.3, 1e-6), (0.7, 0.5), (1.0, 0.3), (0.0, 1e-6, 1e-4, 0.3), (0.5, 0.7, 1.0, 1e-3)], ids=str
+    "weights",
+    [(0.0, 1e-4), (0.3, 1e-6), (0.7, 0.5), (1.0, 0.3), (0.0, 1e-6, 1e-4, 0.3), (0.5, 0.7, 1.0, 1e-3)],
+    ids=str,
 )
 def test_several_profiles(weights):
     check(make_rows(profiles=len(weights)), list(weights))
@@ -161,8 +168,12 @@ def test_averages_near_the_source_and_far_from_it(spread):
 
 
 def test_a_finite_average_that_equals_its_source_stays():
-    for weight in WEIGHTS:
-        rows = [row for row in make_rows(spread=0.0) if row.source.dtype == row.averages[0].dtype]
+    for weight in (1e-4, 0.3, 0.7):
+        rows = [
+            row
+            for row in make_rows("contiguous", "odd", "scalar", spread=0.0)
+            if row.source.dtype == row.averages[0].dtype
+        ]
         Triton(rows).run([weight], STEP)
         for row in rows:
             assert torch.equal(bits(row.averages[0]), bits(row.source)), (row.name, weight)
@@ -171,8 +182,8 @@ def test_a_finite_average_that_equals_its_source_stays():
 @pytest.mark.parametrize("block", [16, 32])
 def test_several_chunks(block, monkeypatch):
     monkeypatch.setattr(triton_table, "BLOCK", block)
-    rows = [row for row in make_rows() if row.source.dim() != 4]
-    assert len(Triton(rows)._table.chunks) > 1.5 * len(rows)
+    rows = make_rows("contiguous", "odd", "unaligned")
+    assert len(Triton(rows)._table.chunks) > 2 * len(rows)
     check(rows, [0.3])
 
 
@@ -181,7 +192,7 @@ def test_several_blocks_a_chunk(maximum, monkeypatch):
     monkeypatch.setattr(triton_table, "BLOCK", 16)
     monkeypatch.setattr(triton_table, "_PROGRAMS", 1)
     monkeypatch.setattr(triton_table, "_MAX_BLOCKS", maximum)
-    rows = [row for row in make_rows() if row.source.dim() != 4]
+    rows = make_rows("contiguous", "odd", "unaligned")
     check(rows, [0.3])
 
 
@@ -198,6 +209,24 @@ def test_random_bits_for_large_and_small_keys():
     source = torch.randn(60, device=DEVICE)
     for key, step in itertools.product([0, 1, 2**63 - 1, 2**63, 2**64 - 1], [0, 16, 2**31, 2**63, 2**64 - 1]):
         check([dataclasses.replace(make_row(source, FORMS[3]), key=key)], [0.1], step, against_staged=False)
+
+
+def test_places_beyond_32_bits(monkeypatch):
+    """The last chunks of a tensor whose memory is otherwise never touched."""
+    monkeypatch.setattr(triton_table, "BLOCK", 1024)
+    size, end = 2**31 + 70, 70
+    source, average = (torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    source[-end:] = torch.randn(end)
+    average[-end:] = torch.randn(end)
+    tail = Row("x", source[-end:], (average[-end:],), key=5, first=size - end + 2**32)
+    right = expected(tail, [0.1])
+    kernel = Triton([Row("x", source, (average,), key=5, first=2**32)])
+    chunks = kernel._table.chunks
+    assert chunks[-2:, 0].tolist() == [2**31, 2**31 + 68]
+    kernel._table = dataclasses.replace(kernel._table, chunks=chunks[-2:])
+    kernel._grid = (2,)
+    kernel.run([0.1], STEP)
+    assert_same(tail, right)
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-39, 6e-8, 6.1e-5, 65504.0, 65520.0, 3.38e38, 3.4e38, -3.4e38]
@@ -251,7 +280,10 @@ def test_the_plan_takes_all_rows_in_one_group():
     rows = make_rows()
     plan = Plan([*rows, Row("wide", torch.ones(4).double(), (torch.ones(4),))], kernels=["triton", "staged"], seed=7)
     assert [group.kernel for group in plan.groups] == ["triton", "staged"]
-    assert str(plan).startswith(f"triton: {len(rows)} tensors, {sum(row.source.numel() for row in rows)} elements (compensated, stochastic, dense, on ")
+    assert str(plan).startswith(
+        f"triton: {len(rows)} tensors, {sum(row.source.numel() for row in rows)} elements (compensated, stochastic, "
+        "dense, on "
+    )
     right = [expected(row, [0.3]) for row in rows]
     plan.run([0.3], 3)
     for row, tensors in zip(rows, right, strict=True):
@@ -278,8 +310,8 @@ def control_for(rows, **more):
 class TestControl:
     """Growth on the device, and steps that are skipped."""
 
-    growths = [(0.1, float("inf")), (0.3, 0.01), (0.05, 0.0), (1e-5, 1e-3), (40.0, 0.2)]
-    bad_steps = {1, 3}
+    growths = ((0.1, float("inf")), (0.3, 0.01), (0.05, 0.0), (1e-5, 1e-3), (40.0, 0.2))
+    bad_steps = (1, 3)
 
     def replay(self, rows, spoil, *, found_inf=None):
         """Five updates, two of them bad, against the same averages updated three times with the sums."""
@@ -312,7 +344,7 @@ class TestControl:
         assert control.read() == ControlState(pending=(0.0, 0.0), number=3, skipped=2)
 
     @pytest.mark.protects
-    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("value", [float("nan"), -float("inf")])
     def test_a_bad_source_skips_and_growth_stays_pending(self, value):
         def spoil(rows, bad):
             source = rows[3].source.view(-1)
@@ -321,8 +353,7 @@ class TestControl:
                 source[-1] = value
             return lambda: source.copy_(kept)
 
-        contiguous = [row for row in make_rows(profiles=2) if "contiguous" in row.name or "odd" in row.name]
-        self.replay(contiguous, spoil)
+        self.replay(make_rows("odd", profiles=2), spoil)
 
     @pytest.mark.protects
     def test_a_step_that_the_optimizer_skipped(self):
@@ -332,31 +363,28 @@ class TestControl:
             found_inf.fill_(float(bad))
             return lambda: None
 
-        rows = [row for row in make_rows(profiles=2) if "unaligned" in row.name]
-        self.replay(rows, spoil, found_inf=found_inf)
+        self.replay(make_rows("unaligned", profiles=2), spoil, found_inf=found_inf)
 
     @pytest.mark.protects
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_finds_what_is_not_finite_anywhere(self, value):
-        rows = make_rows()
+        rows = [row for row in make_rows("odd", "unaligned") if row.mode == "plain"]
         largest = {dtype: torch.finfo(dtype).max for dtype in SOURCES}
         for row in rows:
             row.source.fill_(-largest[row.source.dtype])
         kernel, control = Triton(rows), control_for(rows)
         kernel.find_bad(control)
         assert not int(control.flag)
-        for row in rows[::9]:
-            for place in {0, row.source.numel() // 2, row.source.numel() - 1} if row.source.numel() else ():
-                flat = row.source.as_strided((row.source.numel(),), (1,))
-                flat[place] = value
-                kernel.find_bad(control)
-                assert int(control.flag)
-                assert kernel.bad_names() == [row.name]
-                control.flag.zero_()
-                flat[place] = 1.0
+        for row, place in itertools.product(rows, (0, 29, -1)):
+            row.source[place] = value
+            kernel.find_bad(control)
+            assert int(control.flag)
+            assert kernel.bad_names() == [row.name]
+            control.flag.zero_()
+            row.source[place] = 1.0
 
     def test_nothing_pending_changes_nothing_and_is_not_counted(self):
-        rows = make_rows()
+        rows = make_rows("odd")
         before = [bits(row.averages[0]) for row in rows]
         kernel, control = Triton(rows), control_for(rows)
         kernel.run_pending(control)
@@ -380,9 +408,9 @@ class TestControl:
         assert Control(1, device=DEVICE, number=9).read() == ControlState((0.0,), 9, 0)
 
     def test_several_tables_share_a_control(self):
-        rows = make_rows()
+        rows = make_rows("odd")
         right = [expected(row, [weight_of(0.2)], rounding.step_key(7, 1)) for row in rows]
-        one, other, control = Triton(rows[:50]), Triton(rows[50:]), control_for(rows)
+        one, other, control = Triton(rows[:5]), Triton(rows[5:]), control_for(rows)
         control.add([0.2])
         one.find_bad(control)
         other.find_bad(control)

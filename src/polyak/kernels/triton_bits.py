@@ -4,8 +4,6 @@ The definitions are those of `rounding`; here they are 32-bit operations, of whi
 about twenty an element to spend.
 """
 
-# pyright: basic, reportMissingImports=false
-# Triton has no types, and the body of a jitted function is not Python to a type checker.
 # ruff: noqa: N803  # constants of a kernel are upper case
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from polyak.kernels.rounding import mix64
 
@@ -55,7 +54,7 @@ class Control:
         self._each = list(self.minus_pending.unbind())
         self._known = 0
         on_cuda = device.type == "cuda"
-        self._seen = torch.zeros(1, dtype=torch.int64, pin_memory=on_cuda)
+        self._seen = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
         self._event = torch.cuda.Event() if on_cuda else None
 
     def add(self, growths: Sequence[float], *, number: int | None = None) -> None:
@@ -76,14 +75,14 @@ class Control:
         if self._event.query() and not torch.cuda.is_current_stream_capturing():
             self._known = int(self._seen)
             self._seen.copy_(self.counts[1:2], non_blocking=True)
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self.device))
         return self._known
 
     def read(self) -> ControlState:
         """What is pending, and how many updates were made and skipped; waits for the device."""
-        number, skipped, *_ = self.counts.tolist()
+        number, skipped = map(int, self.counts[:2].cpu())
         # Not -0.0 for nothing.
-        return ControlState(tuple(0.0 - minus for minus in self.minus_pending.tolist()), number, skipped)
+        return ControlState(tuple(0.0 - float(minus) for minus in self.minus_pending.cpu()), number, skipped)
 
     def write(self, state: ControlState) -> None:
         """Takes what `read` gave, for resuming; waits for the device."""

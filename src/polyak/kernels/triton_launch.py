@@ -19,8 +19,9 @@ from polyak.kernels.triton_table import fits, make_table
 
 # The oldest that Triton makes code for.
 _MIN_CAPABILITY = (8, 0)
-# With blocks of 1024 elements, two accesses of 16 bytes to each tensor for each thread.
-_NUM_WARPS = 4
+# Four warps take a block of 1024 elements with two accesses of 16 bytes a thread and tensor. No product is fused with a
+# sum but where the kernel says so.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @functools.cache
@@ -79,8 +80,6 @@ class Triton:
             "BLOCK": table.block,
             "INTERPRETED": is_interpreted(),
         }
-        # No product is fused with a sum but where it says so.
-        self._options = {"num_warps": _NUM_WARPS, "enable_fp_fusion": False}
 
     def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
@@ -89,7 +88,7 @@ class Triton:
         encoded = tuple(map(_encoded, weights))
         with self._here():
             self._update.update[self._grid](
-                self._table.rows, self._table.chunks, step, encoded, **self._constants, **self._options
+                self._table.rows, self._table.chunks, step, encoded, **self._constants, **OPTIONS
             )
         self._changed()
 
@@ -106,12 +105,12 @@ class Triton:
                 SOURCES=tuple(sorted({kind % 6 for kind in self._table.kinds})),
                 PROFILES=self._table.num_profiles,
                 BLOCK=self._table.block,
-                num_warps=_NUM_WARPS,
+                **OPTIONS,
             )
 
     def bad_names(self) -> list[str]:
         """The names of the rows in which `find_bad` found something since this was asked last; waits for the device."""
-        bad = self._bad_rows.tolist()
+        bad = [bool(flag) for flag in self._bad_rows.cpu()]
         self._bad_rows.zero_()
         return list(dict.fromkeys(row.name for row, is_bad in zip(self._rows, bad, strict=True) if is_bad))
 
@@ -153,7 +152,7 @@ class Triton:
                 control.counts,
                 control.weights,
                 **self._constants,
-                **self._options,
+                **OPTIONS,
             )
         self._changed()
 

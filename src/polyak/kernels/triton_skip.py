@@ -1,7 +1,5 @@
 """The kernels in Triton that decide, on the device, whether an update is made: a test of the sources, and a verdict."""
 
-# pyright: basic, reportMissingImports=false
-# Triton has no types, and the body of a jitted function is not Python to a type checker.
 # ruff: noqa: N803  # constants of a kernel are upper case
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Table:
 
     Attributes:
         rows: int64, on the device.
-        chunks: int64, on the device; shuffled by nothing: neighbours in memory are neighbours here.
+        chunks: int64, on the device.
         kinds: those of the chunks, each once, in order.
         num_profiles: averages of each row.
         block: elements that a program takes at once.
@@ -72,16 +72,21 @@ def make_table(rows: Sequence[Row]) -> Table:
     """The table of rows that fit, all on one device and with as many averages each."""
     total = sum(row.source.numel() for row in rows)
     blocks = min(max(total // (_PROGRAMS * BLOCK), 1), _MAX_BLOCKS)
-    chunks = [chunk for number, row in enumerate(rows) for chunk in _chunks(number, row, blocks * BLOCK)]
-    chunk_table = torch.cat(chunks) if chunks else torch.empty(0, 2, dtype=torch.int64)
+    chunks = make_chunks(rows, blocks * BLOCK)
     device = rows[0].source.device
     return Table(
         rows=torch.tensor([_record(row) for row in rows], dtype=torch.int64).to(device),
-        chunks=chunk_table.to(device),
-        kinds=tuple(sorted(set((chunk_table[:, 1] >> 48).tolist()))),
+        chunks=chunks.to(device),
+        kinds=tuple(int(kind) for kind in torch.bincount(chunks[:, 1] >> 48).nonzero()),
         num_profiles=len(rows[0].averages),
         block=BLOCK,
     )
+
+
+def make_chunks(rows: Sequence[Row], elements: int) -> Tensor:
+    """The chunks of all rows, on the CPU, of so many elements at most."""
+    chunks = [chunk for number, row in enumerate(rows) for chunk in _chunks(number, row, elements)]
+    return torch.cat(chunks) if chunks else torch.empty(0, 2, dtype=torch.int64, device="cpu")
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -105,7 +110,7 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
         whole = stop - start >= BLOCK or (stop - start) % VECTOR == 0
         middle = start + (stop - start) // VECTOR * VECTOR if aligned and whole else start
         for first, last, is_vector in ((start, middle, 1), (middle, stop, 0)):
-            starts = torch.arange(first, last, elements)
+            starts = torch.arange(first, last, elements, device="cpu")
             counts = (last - starts).clamp(max=elements)
             yield torch.stack([starts, number | counts << 32 | (kind + is_vector) << 48], dim=1)
 

@@ -4,9 +4,7 @@ Each program takes one chunk, reads the source once and moves all its averages. 
 code of its own, compiled only where the table has such rows, and chosen by one number for the whole chunk.
 """
 
-# pyright: basic, reportMissingImports=false
-# Triton has no types, and the body of a jitted function is not Python to a type checker.
-# ruff: noqa: N803  # constants of a kernel are upper case
+# ruff: noqa: N803, N806  # constants of a kernel are upper case
 
 from __future__ import annotations
 
@@ -38,10 +36,9 @@ def _load(address, start, offsets, mask, FORMAT: tl.constexpr, VECTOR: tl.conste
     """Elements as float32. The formats are 0: float32, 1: bfloat16, 2: float16."""
     if FORMAT == 0:
         return tl.load(pointers(address, start, offsets, tl.float32, VECTOR), mask=mask, other=0.0)
-    elif FORMAT == 1:
+    if FORMAT == 1:
         return widen_bfloat16(tl.load(pointers(address, start, offsets, tl.int16, VECTOR), mask=mask, other=0))
-    else:
-        return tl.load(pointers(address, start, offsets, tl.float16, VECTOR), mask=mask, other=0.0).to(tl.float32)
+    return tl.load(pointers(address, start, offsets, tl.float16, VECTOR), mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -101,10 +98,7 @@ def _update(
                 moved = _lerp(average, source, w, INTERPRETED)
                 high = tl.where(copied, source, moved)
                 low = tl.where(copied, 0.0, (source - average) * w - (moved - average))
-                if FORM == 3:
-                    bits = round_bfloat16(high, low, random)
-                else:
-                    bits = round_float16(high, low, random)
+                bits = round_bfloat16(high, low, random) if FORM == 3 else round_float16(high, low, random)
                 tl.store(pointers(address, start, here, tl.int16, VECTOR), bits, mask=mask)
             else:
                 average = _load(address, start, here, mask, 0, VECTOR)

@@ -1,0 +1,105 @@
+"""What Triton's compiler makes of the kernels for an H200; for that no GPU is needed."""
+
+import importlib.util
+import re
+
+import pytest
+
+from polyak.kernels import triton_launch
+from polyak.kernels.triton_table import BLOCK, FORMS, SOURCES
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(triton_launch.is_interpreted(), reason="Triton was told to interpret"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+def compiled(function, arguments, constants):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = [*arguments, *constants]
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in arguments.items() if kind[0] == "*"}
+    source = ASTSource(
+        function,
+        {**arguments, **dict.fromkeys(constants, "constexpr")},
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    return compile(source, target=GPUTarget("cuda", 90, 32), options=triton_launch.OPTIONS)
+
+
+def compiled_update(*kinds, profiles):
+    from polyak.kernels.triton_update import update
+
+    return compiled(
+        update,
+        {"rows": "*i64", "chunks": "*i64", "step": "u64", "weights": ("fp32",) * profiles},
+        {"KINDS": kinds, "PROFILES": profiles, "BLOCK": BLOCK, "INTERPRETED": False},
+    )
+
+
+def instructions(code, name):
+    return re.findall(rf"\b{name}[\w.:]*", code.asm["ptx"])
+
+
+def check_arithmetic(code):
+    """No float64; sums and products that the assembler may not fuse, in full range; nothing through shared memory."""
+    ptx = code.asm["ptx"]
+    assert ".f64" not in ptx
+    assert ".ftz" not in ptx
+    assert not re.search(r"\b(add|sub|mul|mad)\.f32", ptx)
+    assert code.metadata.shared == 0
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("form", range(len(FORMS)))
+@pytest.mark.parametrize("source", range(len(SOURCES)))
+def test_each_kind_by_itself(source, form):
+    kind = 2 * (source + len(SOURCES) * form)
+    code = compiled_update(kind + 1, profiles=1)
+    check_arithmetic(code)
+    assert instructions(code, "fma.rn.f32")
+    # The widest: 16 bytes of float32, 8 of 16 bits.
+    wide = {
+        "ld.global.v4.b32": SOURCES[source].itemsize == 4 or form < 3,
+        "ld.global.v2.b32": source or form in (1, 3, 4),
+    }
+    for instruction, is_expected in wide.items():
+        assert bool(instructions(code, instruction)) == bool(is_expected), instruction
+    assert instructions(code, "st.global.v4.b32" if form < 3 else "st.global.v2.b32")
+    assert not instructions(code, "st.global.b16")
+    check_arithmetic(compiled_update(kind, profiles=2))
+
+
+def test_different_kinds_in_one_kernel_shuffle_nothing():
+    check_arithmetic(compiled_update(0, 1, 3, 9, 19, 21, 26, profiles=2))
+
+
+def test_the_search_for_what_is_not_finite():
+    from polyak.kernels.triton_skip import find_bad
+
+    code = compiled(
+        find_bad,
+        {"rows": "*i64", "chunks": "*i64", "flag": "*i32", "bad_rows": "*i32"},
+        {"SOURCES": (0, 1, 2, 3, 4, 5), "PROFILES": 2, "BLOCK": BLOCK},
+    )
+    assert ".f64" not in code.asm["ptx"]
+    assert instructions(code, "ld.global.v4.b32")
+
+
+def test_what_runs_on_growth_in_device_memory():
+    from polyak.kernels.triton_skip import settle
+    from polyak.kernels.triton_update import update_settled
+
+    pointers = {"rows": "*i64", "chunks": "*i64", "counts": "*i64", "weights": "*fp32"}
+    constants = {"KINDS": (1, 19), "PROFILES": 2, "BLOCK": BLOCK, "INTERPRETED": False}
+    check_arithmetic(compiled(update_settled, pointers, constants))
+    doubles = {"minus_weights": "*fp64", "minus_pending": "*fp64"}
+    others = {"found_inf": "*fp32", "flag": "*i32", "counts": "*i64", "weights": "*fp32"}
+    compiled(settle, {**doubles, **others}, {"PROFILES": 3, "SIZE": 4})
