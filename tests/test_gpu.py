@@ -21,8 +21,8 @@ if CAN_RUN:
 
     pytestmark = [*pytestmark, _filters]
 
-    from polyak.kernels.triton_control import Control, ControlState
-    from polyak.kernels.triton_launch import Triton
+    from polyak.kernels.gpu.control import Control, ControlState
+    from polyak.kernels.gpu.launch import Triton
 
 
 def mixed_rows(*, profiles=2, elements=70_000):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row, triton_launch
-from polyak.kernels.triton_table import BLOCK, VECTOR, fits, make_chunks, make_table
+from polyak.kernels import Plan, Row
+from polyak.kernels.gpu import launch
+from polyak.kernels.gpu.table import BLOCK, VECTOR, fits, make_chunks, make_table
 
 HERE = Path(__file__).parent
 
@@ -93,14 +94,14 @@ class TestChoice:
     def test_where_triton_cannot_be_imported_this_is_said_once(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "triton", None)
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        triton_launch.is_importable.cache_clear()
+        launch.is_importable.cache_clear()
         try:
             with pytest.warns(UserWarning, match="needs Triton, which cannot be imported") as caught:
                 plans = [Plan(self.rows, kernels=["triton", "staged"]) for _ in range(2)]
             assert len(caught) == 1
             assert [group.kernel for plan in plans for group in plan.groups] == ["staged", "staged"]
         finally:
-            triton_launch.is_importable.cache_clear()
+            launch.is_importable.cache_clear()
 
 
 @pytest.mark.protects

@@ -11,14 +11,15 @@ import math
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row, rounding, triton_launch, triton_table
+from polyak.kernels import Plan, Row, rounding
 from polyak.kernels.eager import Staged
+from polyak.kernels.gpu import launch, table
+from polyak.kernels.gpu.control import Control, ControlState
+from polyak.kernels.gpu.launch import Triton
 from polyak.kernels.row import real_rows
-from polyak.kernels.triton_control import Control, ControlState
-from polyak.kernels.triton_launch import Triton
 from reference import modes
 
-INTERPRETED = triton_launch.is_interpreted()
+INTERPRETED = launch.is_interpreted()
 DEVICE = torch.device("cpu") if INTERPRETED else torch.device("cuda")
 # NaN and infinity go through numpy there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -37,7 +38,7 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call_quickly
 
 SOURCES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = triton_table.FORMS
+FORMS = table.FORMS
 LAYOUTS = {
     "contiguous": lambda t: t,
     "odd": lambda t: t.flatten()[:51].clone(),
@@ -52,7 +53,7 @@ STEP = rounding.step_key(7, 3)
 
 
 def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
-    """A row of one form, with averages near the source and second terms that are small beside them."""
+    """A row of one form, with averages about the source and every second term."""
     mode, dtype, second_dtype = form
 
     def like_source(values, dtype):
@@ -60,9 +61,10 @@ def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
         room = torch.empty(source.untyped_storage().size() // source.itemsize, dtype=dtype, device=DEVICE)
         return room.as_strided(source.shape, source.stride(), source.storage_offset()).copy_(values)
 
-    noise = [torch.randn(source.shape, device=DEVICE) * spread for _ in range(2 * profiles)]
-    averages = tuple(like_source(source.float() + part, dtype) for part in noise[:profiles])
-    seconds = tuple(like_source(part * 1e-8, second_dtype) for part in noise[profiles:]) if second_dtype else ()
+    noise = [torch.randn(source.shape, device=DEVICE) * spread for _ in range(profiles)]
+    averages = tuple(like_source(source.float() + part, dtype) for part in noise)
+    units = [torch.randint(-(1 << 15), 1 << 15, source.shape, device=DEVICE) for _ in range(profiles)]
+    seconds = tuple(like_source(part, second_dtype) for part in units) if second_dtype else ()
     return Row(name, source, averages, seconds, key=rounding.tensor_key(name) if mode == "stochastic" else None, **more)
 
 
@@ -111,8 +113,12 @@ def expected(row, weights, step=STEP):
 def bits(tensor):
     """The bits of a tensor, in which all NaNs are one."""
     tensor = tensor.cpu()
-    words = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
-    return words.masked_fill(tensor.isnan(), -1)
+    words = (
+        tensor
+        if not tensor.is_floating_point()
+        else tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize])
+    )
+    return words.masked_fill(tensor != tensor, -1)
 
 
 def assert_same(row, tensors, hint=None):
@@ -145,7 +151,7 @@ def check(rows, weights, step=STEP, *, against_staged=True):
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     """The interpreter takes as long for a block of 64 elements as for one, and no tensor here is larger."""
-    monkeypatch.setattr(triton_table, "BLOCK", 64)
+    monkeypatch.setattr(table, "BLOCK", 64)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
@@ -181,7 +187,7 @@ def test_a_finite_average_that_equals_its_source_stays():
 
 @pytest.mark.parametrize("block", [16, 32])
 def test_several_chunks(block, monkeypatch):
-    monkeypatch.setattr(triton_table, "BLOCK", block)
+    monkeypatch.setattr(table, "BLOCK", block)
     rows = make_rows("contiguous", "odd", "unaligned")
     assert len(Triton(rows)._table.chunks) > 2 * len(rows)
     check(rows, [0.3])
@@ -189,9 +195,9 @@ def test_several_chunks(block, monkeypatch):
 
 @pytest.mark.parametrize("maximum", [1, 3])
 def test_several_blocks_a_chunk(maximum, monkeypatch):
-    monkeypatch.setattr(triton_table, "BLOCK", 16)
-    monkeypatch.setattr(triton_table, "_PROGRAMS", 1)
-    monkeypatch.setattr(triton_table, "_MAX_BLOCKS", maximum)
+    monkeypatch.setattr(table, "BLOCK", 16)
+    monkeypatch.setattr(table, "_PROGRAMS", 1)
+    monkeypatch.setattr(table, "_MAX_BLOCKS", maximum)
     rows = make_rows("contiguous", "odd", "unaligned")
     check(rows, [0.3])
 
@@ -201,19 +207,19 @@ def test_several_blocks_a_chunk(maximum, monkeypatch):
 def test_random_bits_follow_an_elements_place_in_the_whole_tensor(first):
     torch.manual_seed(1)
     sources = [torch.randn(60, device=DEVICE).to(dtype) for dtype in SOURCES]
-    rows = [make_row(source, form, first=first) for source in sources for form in FORMS[3:]]
+    rows = [make_row(source, form, first=first) for source in sources for form in FORMS[2:]]
     check(rows, [0.01])
 
 
 def test_random_bits_for_large_and_small_keys():
     source = torch.randn(60, device=DEVICE)
     for key, step in itertools.product([0, 1, 2**63 - 1, 2**63, 2**64 - 1], [0, 16, 2**31, 2**63, 2**64 - 1]):
-        check([dataclasses.replace(make_row(source, FORMS[3]), key=key)], [0.1], step, against_staged=False)
+        check([dataclasses.replace(make_row(source, FORMS[2]), key=key)], [0.1], step, against_staged=False)
 
 
 def test_places_beyond_32_bits(monkeypatch):
     """The last chunks of a tensor whose memory is otherwise never touched."""
-    monkeypatch.setattr(triton_table, "BLOCK", 1024)
+    monkeypatch.setattr(table, "BLOCK", 1024)
     size, end = 2**31 + 70, 70
     source, average = (torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     source[-end:] = torch.randn(end)
@@ -288,14 +294,6 @@ def test_the_plan_takes_all_rows_in_one_group():
     plan.run([0.3], 3)
     for row, tensors in zip(rows, right, strict=True):
         assert_same(row, tensors)
-
-
-def test_a_change_is_seen_by_autograd():
-    source = torch.ones(4, device=DEVICE)
-    average = torch.zeros(4, device=DEVICE)
-    before = average._version
-    Triton([Row("x", source, (average,))]).run([0.5], 0)
-    assert average._version > before
 
 
 def weight_of(growth):
@@ -392,7 +390,7 @@ class TestControl:
         assert control.read() == ControlState((0.0,), 0, 0)
 
     def test_the_number_of_the_update_may_be_given(self):
-        (row,) = rows = [make_row(torch.randn(60, device=DEVICE), FORMS[3])]
+        (row,) = rows = [make_row(torch.randn(60, device=DEVICE), FORMS[2])]
         right = expected(row, [weight_of(0.2)], rounding.step_key(7, 41))
         control = control_for(rows)
         control.add([0.2], number=41)

@@ -18,11 +18,11 @@ import torch
 
 from polyak.errors import listed
 from polyak.kernels.eager import Foreach, Staged
+from polyak.kernels.gpu import Triton, is_interpreted
+from polyak.kernels.gpu import is_supported as is_for_triton
 from polyak.kernels.native import Native, is_supported, library
 from polyak.kernels.rounding import step_key
 from polyak.kernels.row import Mode, Row, real_rows
-from polyak.kernels.triton_launch import Triton, is_interpreted
-from polyak.kernels.triton_launch import is_supported as is_supported_by_triton
 
 KERNELS = {"native": Native, "triton": Triton, "foreach": Foreach, "staged": Staged}
 
@@ -110,7 +110,7 @@ def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:
     for kernel in allowed:
         if kernel == "native" and all(map(is_supported, real_rows(row))) and library() is not None:
             return kernel, "dense, on the CPU"
-        if kernel == "triton" and all(map(is_supported_by_triton, real_rows(row))):
+        if kernel == "triton" and all(map(is_for_triton, real_rows(row))):
             return kernel, f"dense, on {average.device}"
         alike = source.device == average.device and source.dtype == average.dtype
         if kernel == "foreach" and alike and row.mode == "plain":

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyak.kernels import fractions
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
@@ -20,8 +21,7 @@ SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 # Mode, dtype of the averages, dtype of the second terms. The numbers of both lists are known to the kernel.
 FORMS = (
     ("plain", torch.float32, None),
-    ("compensated", torch.float32, torch.bfloat16),
-    ("compensated", torch.float32, torch.float32),
+    ("compensated", torch.float32, fractions.DTYPE),
     ("stochastic", torch.bfloat16, None),
     ("stochastic", torch.float16, None),
 )

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from polyak.errors import outside
+from polyak.kernels.gpu.control import Control
+from polyak.kernels.gpu.table import fits, make_table
 from polyak.kernels.row import Row
-from polyak.kernels.triton_control import Control
-from polyak.kernels.triton_table import fits, make_table
 
 # The oldest that Triton makes code for.
 _MIN_CAPABILITY = (8, 0)
@@ -66,14 +66,13 @@ class Triton:
     def __init__(self, rows: Sequence[Row]) -> None:
         assert all(map(fits, rows))
         self._rows = tuple(rows)
-        self._averages = [tensor for row in rows for tensor in (*row.averages, *row.seconds)]
         self._device = rows[0].source.device
         self._table = table = make_table(rows)
         self._grid = (len(table.chunks),)
         self._bad_rows = torch.zeros(len(rows), dtype=torch.int32, device=self._device)
         # Triton is imported by the first plan that needs it, and not with the package.
-        self._update: Any = import_module("polyak.kernels.triton_update")
-        self._skip: Any = import_module("polyak.kernels.triton_skip")
+        self._update: Any = import_module("polyak.kernels.gpu.update")
+        self._skip: Any = import_module("polyak.kernels.gpu.skip")
         self._constants = {
             "KINDS": table.kinds,
             "PROFILES": table.num_profiles,
@@ -90,7 +89,6 @@ class Triton:
             self._update.update[self._grid](
                 self._table.rows, self._table.chunks, step, encoded, **self._constants, **OPTIONS
             )
-        self._changed()
 
     def find_bad(self, control: Control) -> None:
         """Raises the flag of the control where a source holds a NaN or an infinity."""
@@ -154,15 +152,10 @@ class Triton:
                 **self._constants,
                 **OPTIONS,
             )
-        self._changed()
 
     def _here(self) -> AbstractContextManager[Any]:
         # Triton launches on the current device.
         return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-
-    def _changed(self) -> None:
-        # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
-        torch.autograd.graph.increment_version(self._averages)
 
 
 def _encoded(weight: float) -> float:

@@ -7,13 +7,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polyak.kernels.triton_bits import mix64
-from polyak.kernels.triton_update import pointers
+from polyak.kernels.gpu.bits import mix64
+from polyak.kernels.gpu.update import pointers
 
 
 @triton.jit
 def _exponents(address, start, offsets, mask, FORMAT: tl.constexpr, VECTOR: tl.constexpr):
-    """Whether the exponent is all ones, as in a NaN or an infinity; the formats are those of `triton_update`."""
+    """Whether the exponent is all ones, as in a NaN or an infinity; the formats are those of `update`."""
     if FORMAT == 0:
         bits = tl.load(pointers(address, start, offsets, tl.int32, VECTOR), mask=mask, other=0)
         ones = 0x7F800000
@@ -89,7 +89,7 @@ def settle(
         found_inf: one number; the update is skipped where it is not zero, as where the flag is raised.
         flag: int32, one; zero afterwards.
         counts: int64: updates made, updates skipped, the key of the update to come, and the mixed seed.
-        weights: float32, one a profile: as `triton_update.update` takes them.
+        weights: float32, one a profile: as `update.update` takes them.
         PROFILES: the number of profiles.
         SIZE: the power of two that holds them.
     """

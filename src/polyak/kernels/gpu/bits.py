@@ -38,14 +38,36 @@ def widen_bfloat16(bits):
 
 
 @triton.jit
-def narrow_bfloat16(x, INTERPRETED: tl.constexpr):
-    """The 16 bits of the nearest bfloat16, as int16; the interpreter's own conversion does not round ties to even."""
-    if INTERPRETED:
-        words = x.to(tl.int32, bitcast=True)
-        # The cast keeps the lower 16 bits. What is added carries into the exponent, as it should.
-        rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16
-        return tl.where(x != x, 0x7FC0, rounded).to(tl.int16)
-    return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+def _exponent_field(x):
+    """The exponent of a float32, where it stands in its bits."""
+    return x.to(tl.int32, bitcast=True) & 0x7F800000
+
+
+@triton.jit
+def _is_usable(field):
+    """Whether a number has a second term: from 2 ** -87 on, and finite."""
+    return (field >= 40 << 23) & (field < 255 << 23)
+
+
+@triton.jit
+def from_fractions(second, first):
+    """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `fractions`."""
+    field = _exponent_field(first)
+    scale = tl.where(_is_usable(field), field - (39 << 23), 0).to(tl.float32, bitcast=True)
+    return second.to(tl.float32) * scale
+
+
+@triton.jit
+def to_fractions(number, first):
+    """The second term of a sum whose first term is given, as int16, rounded to nearest, ties to even."""
+    field = _exponent_field(first)
+    usable = _is_usable(field)
+    # 293 << 23, which does not fit, less the field, which brings it back.
+    scale = tl.where(usable, -0x6D800000 - field, 0).to(tl.float32, bitcast=True)
+    units = tl.minimum(tl.maximum(number * scale, -32768.0), 32767.0)
+    # Beside 1.5 * 2 ** 23 there is no room for a fraction, and the lowest 16 bits are those of the whole number.
+    whole = (units + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where(usable, whole, 0).to(tl.int16)
 
 
 @triton.jit
@@ -88,7 +110,7 @@ def _carry(field, outward, random):
 def round_bfloat16(high, low, random):
     """`high + low` by chance to one of the two bfloat16 about it, as int16."""
     words = high.to(tl.int32, bitcast=True)
-    field = words & 0x7F800000
+    field = _exponent_field(high)
     outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
     # The sign bit stays out of the sum: the magnitude of a finite number has room above it.
     rounded = words + _carry(field, outward, random) + (random >> 16).to(tl.int32)
@@ -101,7 +123,7 @@ def round_float16(high, low, random):
     """`high + low` by chance to one of the two float16 about it, as int16."""
     words = high.to(tl.int32, bitcast=True)
     magnitude = words & 0x7FFFFFFF
-    field = words & 0x7F800000
+    field = _exponent_field(high)
     outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
     rounded = magnitude + _carry(field, outward, random) + (random >> 19).to(tl.int32)
     rounded = tl.minimum((rounded >> 13) - (112 << 10), 0x7C00)

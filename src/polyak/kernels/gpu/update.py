@@ -11,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polyak.kernels.triton_bits import (
+from polyak.kernels.gpu.bits import (
     fma,
+    from_fractions,
     mix64,
-    narrow_bfloat16,
     random_bits,
     round_bfloat16,
     round_float16,
+    to_fractions,
     widen_bfloat16,
 )
 
@@ -65,14 +66,14 @@ def _update(
     BLOCK: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """All averages of one chunk; forms and sources are numbered as in `triton_table`."""
+    """All averages of one chunk; forms and sources are numbered as in `table`."""
     count = ((packed >> 32) & 0xFFFF).to(tl.int32)
     if VECTOR > 1:
         # What makes the mask of a vector one bit.
         count = tl.multiple_of(count, VECTOR)
     source_address = tl.load(record)
-    STOCHASTIC: tl.constexpr = FORM >= 3
-    COMPENSATED: tl.constexpr = FORM == 1 or FORM == 2
+    STOCHASTIC: tl.constexpr = FORM >= 2
+    COMPENSATED: tl.constexpr = FORM == 1
     if STOCHASTIC:
         place = tl.load(record + 2) + start
         upper = (place >> 32).to(tl.uint64)
@@ -94,25 +95,22 @@ def _update(
             mask = here < tl.where(w >= 0.0, count, 0)
             address = tl.load(record + 3 + profile)
             if STOCHASTIC:
-                average = _load(address, start, here, mask, FORM - 2, VECTOR)
+                average = _load(address, start, here, mask, FORM - 1, VECTOR)
                 moved = _lerp(average, source, w, INTERPRETED)
                 high = tl.where(copied, source, moved)
                 low = tl.where(copied, 0.0, (source - average) * w - (moved - average))
-                bits = round_bfloat16(high, low, random) if FORM == 3 else round_float16(high, low, random)
+                bits = round_bfloat16(high, low, random) if FORM == 2 else round_float16(high, low, random)
                 tl.store(pointers(address, start, here, tl.int16, VECTOR), bits, mask=mask)
             else:
                 average = _load(address, start, here, mask, 0, VECTOR)
                 if COMPENSATED:
                     second_address = tl.load(record + 3 + PROFILES + profile)
-                    second = _load(second_address, start, here, mask, 2 - FORM, VECTOR)
+                    seconds = pointers(second_address, start, here, tl.int16, VECTOR)
+                    second = from_fractions(tl.load(seconds, mask=mask, other=0), average)
                     change = _lerp(second, source - average, w, INTERPRETED)
                     moved = average + change
-                    second = tl.where(copied, 0.0, (average - moved) + change)
-                    if FORM == 1:
-                        bits = narrow_bfloat16(second, INTERPRETED)
-                        tl.store(pointers(second_address, start, here, tl.int16, VECTOR), bits, mask=mask)
-                    else:
-                        tl.store(pointers(second_address, start, here, tl.float32, VECTOR), second, mask=mask)
+                    second_bits = to_fractions((average - moved) + change, moved)
+                    tl.store(seconds, tl.where(copied, 0, second_bits).to(tl.int16), mask=mask)
                 else:
                     moved = _lerp(average, source, w, INTERPRETED)
                 moved = tl.where(copied, source, moved)

@@ -1,0 +1,7 @@
+"""The kernels in Triton, for tensors on a GPU that fill their memory without gaps. Triton is imported at first use."""
+
+from .control import Control as Control
+from .control import ControlState as ControlState
+from .launch import Triton as Triton
+from .launch import is_interpreted as is_interpreted
+from .launch import is_supported as is_supported
