@@ -162,7 +162,9 @@ class TestPlan:
         assert [group.kernel for group in Plan(self.rows()).groups] == ["staged", "staged"]
 
     def test_impossible_kernels(self):
-        with pytest.raises(ValueError, match=r"no kernel 'cuda'; the kernels are 'native', 'foreach', 'staged'"):
+        with pytest.raises(
+            ValueError, match=r"no kernel 'cuda'; the kernels are 'native', 'triton', 'foreach', 'staged'"
+        ):
             Plan(self.rows(), kernels=["cuda"])
         with pytest.raises(ValueError, match=r"no kernel of 'foreach' fits 'b', torch.float16 on cpu into"):
             Plan(self.rows(), kernels=["foreach"])

@@ -94,7 +94,7 @@ def test_the_search_for_what_is_not_finite():
 
 
 def test_what_runs_on_growth_in_device_memory():
-    from polyak.kernels.gpu.skip import settle
+    from polyak.kernels.gpu.skip import copy_settled, settle
     from polyak.kernels.gpu.update import update_settled
 
     pointers = {"rows": "*i64", "chunks": "*i64", "counts": "*i64", "weights": "*fp32"}
@@ -103,3 +103,5 @@ def test_what_runs_on_growth_in_device_memory():
     doubles = {"minus_weights": "*fp64", "minus_pending": "*fp64"}
     others = {"found_inf": "*fp32", "flag": "*i32", "counts": "*i64", "weights": "*fp32"}
     compiled(settle, {**doubles, **others}, {"PROFILES": 3, "SIZE": 4})
+    sizes = {"SIZES": (1, 2, 4, 8), "BLOCK": BLOCK}
+    check_arithmetic(compiled(copy_settled, {"chunks": "*i64", "counts": "*i64"}, sizes))

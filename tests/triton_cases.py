@@ -15,6 +15,7 @@ from polyak.kernels import Plan, Row, rounding
 from polyak.kernels.eager import Staged
 from polyak.kernels.gpu import launch, table
 from polyak.kernels.gpu.control import Control, ControlState
+from polyak.kernels.gpu.copies import SettledCopies, fits
 from polyak.kernels.gpu.launch import Triton
 from polyak.kernels.row import real_rows
 from reference import modes
@@ -259,27 +260,22 @@ def test_complex_tensors_go_as_pairs():
     assert torch.equal(average.cpu(), right)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        Row("float64", torch.ones(4, dtype=torch.float64, device=DEVICE), (torch.ones(4, device=DEVICE),)),
-        Row("plain 16 bits", torch.ones(4, device=DEVICE), (torch.ones(4, device=DEVICE).half(),)),
-        Row("gaps", torch.ones(4, 4, device=DEVICE)[:, 1:], (torch.ones(4, 3, device=DEVICE),)),
-        Row("another layout", torch.ones(4, 3, device=DEVICE), (torch.ones(3, 4, device=DEVICE).t(),)),
-        Row("another place", torch.ones(4, device=DEVICE), (torch.ones(4, device="meta"),)),
-        real_rows(
-            Row(
-                "negated",
-                torch.ones(1, dtype=torch.complex64, device=DEVICE).conj(),
-                (torch.ones(1, dtype=torch.complex64, device=DEVICE),),
-            )
-        )[1],
-    ],
-    ids=lambda row: row.name,
-)
-def test_what_is_not_for_this_kernel(row):
+OTHERS = {
+    "float64": lambda: (torch.ones(4, dtype=torch.float64), torch.ones(4)),
+    "plain 16 bits": lambda: (torch.ones(4), torch.ones(4).half()),
+    "gaps": lambda: (torch.ones(4, 4)[:, 1:], torch.ones(4, 3)),
+    "another layout": lambda: (torch.ones(4, 3), torch.ones(3, 4).t()),
+    "another place": lambda: (torch.ones(4), torch.ones(4, device="meta")),
+    "negated": lambda: (torch.ones(1, dtype=torch.complex64).conj().imag, torch.ones(1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_not_for_this_kernel(name):
+    with DEVICE:
+        source, average = OTHERS[name]()
     with pytest.raises(ValueError, match="no kernel of 'triton' fits"):
-        Plan([row], kernels=["triton"])
+        Plan([Row(name, source, (average,))], kernels=["triton"])
 
 
 def test_the_plan_takes_all_rows_in_one_group():
@@ -417,3 +413,30 @@ class TestControl:
         other.run_settled(control)
         for row, tensors in zip(rows, right, strict=True):
             assert_same(row, tensors)
+
+    @pytest.mark.protects
+    def test_copies_are_left_out_with_the_update(self):
+        dtypes = [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float32, torch.int64, torch.complex128]
+        sources = [
+            layout(torch.arange(60, device=DEVICE).view(6, 10).to(dtype))
+            for dtype, layout in itertools.product(dtypes, LAYOUTS.values())
+        ]
+        sources.append(torch.arange(3000, device=DEVICE))
+        targets = [torch.zeros_like(source) for source in sources]
+        copies, control = SettledCopies(targets, sources), Control(1, device=DEVICE)
+        kernel = Triton([make_row(torch.ones(4, device=DEVICE), FORMS[0])])
+        control.flag.fill_(1)
+        kernel.settle(control)
+        copies.run(control)
+        assert not any(target.any() for target in targets)
+        kernel.settle(control)
+        copies.run(control)
+        assert all(map(torch.equal, targets, sources))
+
+    def test_which_copies_are_of_plain_memory(self):
+        one = torch.zeros(4, 6, device=DEVICE)
+        assert fits(one, one.clone())
+        assert not fits(one, one.double())
+        assert not fits(one, torch.zeros(6, 4, device=DEVICE).t())
+        assert not fits(one[:, 1:], one[:, 1:])
+        SettledCopies([], []).run(Control(1, device=DEVICE))

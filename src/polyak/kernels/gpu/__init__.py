@@ -2,6 +2,7 @@
 
 from .control import Control as Control
 from .control import ControlState as ControlState
+from .copies import SettledCopies as SettledCopies
 from .launch import Triton as Triton
 from .launch import is_interpreted as is_interpreted
 from .launch import is_supported as is_supported

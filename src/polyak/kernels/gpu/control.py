@@ -49,7 +49,7 @@ class Control:
         # With a minus, so that one operation gives the weight, with another minus: expm1(-growth).
         self.minus_pending = torch.zeros(num_profiles, dtype=torch.float64, device=device)
         self.minus_weights = torch.zeros(num_profiles, dtype=torch.float64, device=device)
-        self.counts = torch.tensor([number, 0, 0, mixed - (mixed >> 63 << 64)], dtype=torch.int64, device=device)
+        self.counts = torch.tensor([number, 0, 0, mixed - (mixed >> 63 << 64), 1], dtype=torch.int64, device=device)
         self.never = torch.zeros(1, device=device)
         self._each = list(self.minus_pending.unbind())
         self._known = 0

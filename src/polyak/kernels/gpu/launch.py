@@ -85,7 +85,7 @@ class Triton:
         if not self._grid[0]:
             return
         encoded = tuple(map(_encoded, weights))
-        with self._here():
+        with here(self._device):
             self._update.update[self._grid](
                 self._table.rows, self._table.chunks, step, encoded, **self._constants, **OPTIONS
             )
@@ -94,7 +94,7 @@ class Triton:
         """Raises the flag of the control where a source holds a NaN or an infinity."""
         if not self._grid[0]:
             return
-        with self._here():
+        with here(self._device):
             self._skip.find_bad[self._grid](
                 self._table.rows,
                 self._table.chunks,
@@ -126,7 +126,7 @@ class Triton:
         """Decides whether what is pending is applied, for all tables that share the control."""
         torch.expm1(control.minus_pending, out=control.minus_weights)
         num_profiles = len(control.weights)
-        with self._here():
+        with here(self._device):
             self._skip.settle[(1,)](
                 control.minus_weights,
                 control.minus_pending,
@@ -143,7 +143,7 @@ class Triton:
         """Updates with what `settle` decided."""
         if not self._grid[0]:
             return
-        with self._here():
+        with here(self._device):
             self._update.update_settled[self._grid](
                 self._table.rows,
                 self._table.chunks,
@@ -153,11 +153,12 @@ class Triton:
                 **OPTIONS,
             )
 
-    def _here(self) -> AbstractContextManager[Any]:
-        # Triton launches on the current device.
-        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
+
+def here(device: torch.device) -> AbstractContextManager[Any]:
+    """Where Triton launches: it takes the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _encoded(weight: float) -> float:
     """The weight as the kernel takes it: what rounds to 0 or 1 in float32 is another thing than 0 and 1."""
-    return {0.0: -1.0, 1.0: 2.0}.get(weight, weight)
+    return {0.0: -1.0, 1.0: 2.0}.get(weight, float(weight))

@@ -88,7 +88,8 @@ def settle(
         minus_pending: float64, one a profile; zero afterwards, unless the update is skipped.
         found_inf: one number; the update is skipped where it is not zero, as where the flag is raised.
         flag: int32, one; zero afterwards.
-        counts: int64: updates made, updates skipped, the key of the update to come, and the mixed seed.
+        counts: int64: updates made, updates skipped, the key of the update to come, the mixed seed, and whether the
+            step was good.
         weights: float32, one a profile: as `update.update` takes them.
         PROFILES: the number of profiles.
         SIZE: the power of two that holds them.
@@ -110,3 +111,27 @@ def settle(
     tl.store(counts, tl.where(is_due & (bad == 0), number + 1, number))
     skipped = tl.load(counts + 1)
     tl.store(counts + 1, tl.where(is_due & bad, skipped + 1, skipped))
+    tl.store(counts + 4, (bad == 0).to(tl.int64))
+
+
+@triton.jit
+def copy_settled(chunks, counts, SIZES: tl.constexpr, BLOCK: tl.constexpr):
+    """Copies memory, unless `settle` found that the step was bad.
+
+    Args:
+        chunks: int64: the address to read, the address to write, how many numbers, of how many bytes; one program each.
+        counts: those of `settle`.
+        SIZES: the bytes of a number, each that is in the table.
+        BLOCK: numbers at once.
+    """
+    chunk = chunks + 4 * tl.program_id(0)
+    count = tl.where(tl.load(counts + 4) != 0, tl.load(chunk + 2), 0)
+    here = tl.arange(0, BLOCK)
+    size = tl.load(chunk + 3)
+    for i in tl.static_range(len(SIZES)):
+        if size == SIZES[i]:
+            narrow: tl.constexpr = tl.int8 if SIZES[i] == 1 else tl.int16
+            wide: tl.constexpr = tl.int32 if SIZES[i] == 4 else tl.int64
+            dtype: tl.constexpr = narrow if SIZES[i] < 4 else wide
+            values = tl.load(pointers(tl.load(chunk), 0, here, dtype, 1), mask=here < count, other=0)
+            tl.store(pointers(tl.load(chunk + 1), 0, here, dtype, 1), values, mask=here < count)

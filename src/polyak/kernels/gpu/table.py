@@ -64,7 +64,7 @@ def fits(row: Row) -> bool:
         and (row.mode, average.dtype, row.seconds[0].dtype if row.seconds else None) in FORMS
         and all(is_dense(tensor) and not tensor.is_neg() for tensor in row.tensors)
         and all(tensor.device == row.source.device for tensor in row.tensors)
-        and all(_strides(tensor) == _strides(row.source) for tensor in row.tensors)
+        and all(strides(tensor) == strides(row.source) for tensor in row.tensors)
     )
 
 
@@ -89,7 +89,8 @@ def make_chunks(rows: Sequence[Row], elements: int) -> Tensor:
     return torch.cat(chunks) if chunks else torch.empty(0, 2, dtype=torch.int64, device="cpu")
 
 
-def _strides(tensor: Tensor) -> list[int]:
+def strides(tensor: Tensor) -> list[int]:
+    """The strides that matter."""
     return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
 
 
