@@ -18,10 +18,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_all_cases_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["triton_cases.py", "device_cases.py"])
+def test_all_cases_in_the_interpreter(cases):
     """In a process of its own: Triton has to know it before it is imported, and other tests may import it."""
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=HERE.parent,
         capture_output=True,

@@ -15,7 +15,7 @@ from polyak.kernels import Plan, Row, rounding
 from polyak.kernels.eager import Staged
 from polyak.kernels.gpu import launch, table
 from polyak.kernels.gpu.control import Control, ControlState
-from polyak.kernels.gpu.copies import SettledCopies, fits
+from polyak.kernels.gpu.copies import SettledCopies, can_copy
 from polyak.kernels.gpu.launch import Triton
 from polyak.kernels.row import real_rows
 from reference import modes
@@ -435,8 +435,8 @@ class TestControl:
 
     def test_which_copies_are_of_plain_memory(self):
         one = torch.zeros(4, 6, device=DEVICE)
-        assert fits(one, one.clone())
-        assert not fits(one, one.double())
-        assert not fits(one, torch.zeros(6, 4, device=DEVICE).t())
-        assert not fits(one[:, 1:], one[:, 1:])
+        assert can_copy(one, one.clone())
+        assert not can_copy(one, one.double())
+        assert not can_copy(one, torch.zeros(6, 4, device=DEVICE).t())
+        assert not can_copy(one[:, 1:], one[:, 1:])
         SettledCopies([], []).run(Control(1, device=DEVICE))

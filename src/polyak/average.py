@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -22,7 +21,7 @@ from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
-from polyak.store import LocalStore, Modes, Step
+from polyak.store import LocalStore, Modes
 from polyak.swapping import check_not_standing, raise_if_changed, swap_out
 from polyak.view import AverageView, by_every_name
 
@@ -117,6 +116,7 @@ class WeightAverage:
     @property
     def num_updates(self) -> int:
         """How many updates were made."""
+        self._core.settle()
         return self._core.clock.num_updates
 
     @property
@@ -165,6 +165,31 @@ class WeightAverage:
                 "update() where an optimizer is attached would count twice; detach it, or leave update() out"
             )
         core.update(at)
+
+    def advance(self, *, at: float | None = None) -> None:
+        """Ticks the clock for an update that is captured in a CUDA graph: call it before the capture and each replay.
+
+        The `update()` in the graph applies, at each replay, the growth that `advance` handed to the device, whatever
+        it is by then. Nothing waits for the device. It needs the kernel in Triton, for all tensors.
+
+            average.advance()
+            with torch.cuda.graph(graph):
+                loss = train_step()
+                average.update()
+            graph.replay()
+            for _ in range(num_steps - 1):
+                average.advance()
+                graph.replay()
+
+        Args:
+            at: the time after the step, as in `update`.
+
+        Raises:
+            StateError: the updates of this average cannot be left to a device.
+        """
+        core = self._core
+        check_not_standing(core.source.bare, "advance()")
+        core.advance(at)
 
     def attach(self, *optimizers: Optimizer, at: Callable[[], float] | None = None) -> Attachment:
         """Updates by itself from now on, after each step that the optimizers really make.
@@ -228,7 +253,8 @@ class WeightAverage:
         core = self._core
         check_not_standing(core.source.bare, "reset()")
         core.verify()
-        core.store.submit(Step(dict.fromkeys(core.profiles, math.inf), 0))
+        core.store.decide_on_host(dict.fromkeys(core.profiles, 0.0))
+        core.store.begin()
         core.clock = Clock(every=core.clock.every, start=core.clock.start)
         core.begin()
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from polyak.attach import Attachment
 from polyak.clock import Clock
 from polyak.errors import StateError, listed, outside
-from polyak.kernels import checksums
+from polyak.kernels import checksums, is_capturing
 from polyak.profiles import Profile
 from polyak.source import Source, Watch
 from polyak.store import LocalStore, Step
@@ -68,6 +68,7 @@ class Core:
     def __getstate__(self) -> dict[str, Any]:
         if self.swapped is not None:
             raise StateError("an average cannot be pickled or copied inside of swapped(): leave the swap first")
+        self.settle()
         # A copy has no live modules and attached optimizers until it gets its own.
         return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}
 
@@ -86,24 +87,66 @@ class Core:
 
     def update(self, at: float | None) -> None:
         """One call of the clock, and an update where one is due and the source is fit for it."""
+        look = self.nonfinite != "propagate"
+        if is_capturing():
+            self._record(at, look=look)
+            return
         clock = self.clock.tick(at)
         if clock.num_updates > self.clock.num_updates:
             growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
             self.follow_source()
-            if self.nonfinite != "propagate" and not self._check_finite():
+            if look and self.store.decide_on_device(self.clock.num_updates) is not None:
+                self._raise_late()
+            elif look and not self._check_finite():
                 # As if no update had been due: the next one reaches back to the last that was made.
                 self.clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
                 return
-            self.store.submit(Step(growth, clock.num_updates))
+            self.store.submit(Step(growth, clock.num_updates, look))
         self.clock = clock
+
+    def _record(self, at: float | None, *, look: bool) -> None:
+        """Puts an update into the CUDA graph that is being captured; `advance` says what each replay applies."""
+        if self.store.guard is None:
+            raise StateError(
+                "update() inside of a CUDA graph's capture: call advance() before the capture and before each replay. "
+                "It ticks the clock, and the captured update() applies what it gives"
+            )
+        if at is not None:
+            raise ValueError(f"update(at={at!r}) inside of a CUDA graph's capture: give the time to advance(at=...)")
+        self.follow_source()
+        self.store.guard.run(look=look)
+
+    def advance(self, at: float | None) -> None:
+        """One call of the clock, whose growth stays pending on the device until an update there applies it."""
+        clock = self.clock.tick(at)
+        self.follow_source()
+        guard = self.store.decide_on_device(self.clock.num_updates)
+        if guard is None:
+            raise StateError(
+                "advance() is for CUDA graphs, whose updates the device decides about, with the kernel in Triton; here "
+                f"call update() alone. The plan is\n{self.store.plan}"
+            )
+        self._raise_late()
+        if clock.num_updates > self.clock.num_updates:
+            guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
+        self.clock = clock
+
+    def settle(self) -> None:
+        """Learns how many updates the device has made, where it decides about them; waits for it."""
+        number = self.store.settle()
+        if number is not None:
+            self.clock = replace(self.clock, num_updates=number)
+
+    def _raise_late(self) -> None:
+        """Raises for an earlier update that the device left out, as soon as that is known without waiting for it."""
+        guard = self.store.guard
+        if self.nonfinite == "raise" and guard is not None and guard.has_new_bad():
+            raise StateError(_non_finite(guard.bad_names()))
 
     def _check_finite(self) -> bool:
         names = self.store.non_finite()
         if names and self.nonfinite == "raise":
-            raise StateError(
-                f"the model holds NaNs or infinities in {listed(names)}, which would stay in the average for ever. The "
-                "average is as it was; with nonfinite='skip' such updates are left out"
-            )
+            raise StateError(_non_finite(names))
         return not names
 
     def follow_source(self) -> None:
@@ -116,6 +159,7 @@ class Core:
 
     def verify(self) -> None:
         """The thorough check, for what may take its time; while an average stands in the source it waits."""
+        self.settle()
         if self.swapped is None:
             self.source.refresh()
             self.store.bind(self.source.entries)
@@ -135,3 +179,10 @@ class Core:
                     "(by .to(), .half() or load_state_dict(assign=True)). Drop it and ask for another one; module() "
                     "gives one that may be moved"
                 )
+
+
+def _non_finite(names: list[str]) -> str:
+    return (
+        f"the model holds NaNs or infinities in {listed(names)}, which would stay in the average for ever. The average "
+        "is as it was; with nonfinite='skip' such updates are left out"
+    )

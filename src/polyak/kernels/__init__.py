@@ -4,6 +4,12 @@ from .checksum import checksums as checksums
 from .copies import Copies as Copies
 from .eager import copy_ as copy_
 from .finite import FiniteTest as FiniteTest
+from .gpu import Control as Control
+from .gpu import ControlState as ControlState
+from .gpu import SettledCopies as SettledCopies
+from .gpu import Triton as Triton
+from .gpu import can_copy as can_copy
+from .gpu import is_capturing as is_capturing
 from .halves import average_inside as average_inside
 from .halves import exchange_halves as exchange_halves
 from .halves import raw_inside as raw_inside

@@ -73,8 +73,8 @@ class Plan:
             alike = None if kernel == "triton" else (row.mode, row.source.dtype, average.dtype)
             grouped.setdefault((kernel, reason, average.device, alike), []).append(row)
         self.groups = tuple(_Group(kernel, reason, tuple(group)) for (kernel, reason, *_), group in grouped.items())
-        self._runs = [
-            KERNELS[group.kernel]([real for row in group.rows for real in real_rows(row)]).run for group in self.groups
+        self._kernels = [
+            KERNELS[group.kernel]([real for row in group.rows for real in real_rows(row)]) for group in self.groups
         ]
 
     @torch.no_grad()
@@ -86,8 +86,14 @@ class Plan:
             number: of this update, from which random bits are drawn.
         """
         step = step_key(self._seed, number)
-        for run in self._runs:
-            run(weights, step)
+        for kernel in self._kernels:
+            kernel.run(weights, step)
+
+    @property
+    def on_device(self) -> Triton | None:
+        """The kernel of all rows, where there is one that can leave it to the device whether to update."""
+        only = self._kernels[0] if len(self._kernels) == 1 else None
+        return only if isinstance(only, Triton) else None
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
-from polyak.kernels import Copies, FiniteTest, Plan, Row
+from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy
+from polyak.store.guard import Guard
 from polyak.store.modes import Modes
 from polyak.store.step import Step
 from polyak.store.swap import Swap
@@ -26,6 +27,7 @@ class LocalStore:
         pending: for each profile, growth that no update has applied yet. Here an update applies all of it; a store that
             works beside the training may fall behind.
         modes: how the averages are kept.
+        guard: what decides about updates on the device, once `decide_on_device` was called.
         lent: whether modules hold the averages themselves, so that torch must see that they change.
     """
 
@@ -39,6 +41,7 @@ class LocalStore:
     ) -> None:
         self.modes = modes or Modes()
         self.lent = False
+        self.guard: Guard | None = None
         self._device = device
         self._entries: Sequence[Entry] | None = None
         if device is not None and device.type == "meta":
@@ -61,16 +64,16 @@ class LocalStore:
         self.pending = dict.fromkeys(self.averages, 0.0)
         self.swap: Swap | None = None
         self.bind(entries)
-        # Until the first update the averages are what the source is.
-        self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+        self.begin()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.settle()
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "_copies", "_written", "_finite_test", "_entries"}
+        derived = {"plan", "guard", "_copied", "_copies", "_written", "_finite_test", "_entries"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _entries=None)
+        vars(self).update(state, _entries=None, guard=None)
         self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
@@ -116,27 +119,63 @@ class LocalStore:
 
     def _plan_updates(self) -> None:
         self.plan = Plan([self._row(name) for name in self.names], seed=self.modes.seed)
-        self._copies = Copies(list(self.copies.values()), [self._sources[name] for name in self.copies])
+        self._copied = list(self.copies.values()), [self._sources[name] for name in self.copies]
+        self._copies = Copies(*self._copied)
         self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
         self._written += self.copies.values()
         self._finite_test: FiniteTest | None = None
+        self.settle()
+        self.guard = None
 
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
         seconds = tuple(seconds[name] for seconds in self.seconds.values() if name in seconds)
         return Row(name, self._sources[name], averages, seconds, self.modes.key_of(name, averages[0]))
 
+    def begin(self) -> None:
+        """Takes the sources as the averages, with nothing pending."""
+        self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+
     def submit(self, step: Step) -> None:
         """Applies the growth of a step, and what was pending, to every average."""
         assert self.swap is None
-        pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
-        with torch.no_grad():
-            self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
-            self._copies.run()
+        if self.guard is not None:
+            self.guard.add(list(step.growth.values()))
+            self.guard.run(look=step.look)
+        else:
+            pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
+            with torch.no_grad():
+                self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
+                self._copies.run()
+            self.pending = dict.fromkeys(pending, 0.0)
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
             torch.autograd.graph.increment_version(self._written)
-        self.pending = dict.fromkeys(pending, 0.0)
+
+    def decide_on_device(self, number: int) -> Guard | None:
+        """Leaves it to the device, from now on, whether an update is made; None where it cannot be left to it.
+
+        Args:
+            number: of updates made so far.
+        """
+        kernel = self.plan.on_device
+        if self.guard is None and kernel is not None and all(map(can_copy, *self._copied)):
+            self.guard = Guard(kernel, self._copied, num_profiles=len(self.averages), seed=self.modes.seed)
+            self.guard.write(tuple(self.pending.values()), number)
+        return self.guard
+
+    def settle(self) -> int | None:
+        """Learns from the device what is pending, and returns how many updates it made; waits for it."""
+        if self.guard is None:
+            return None
+        state = self.guard.read()
+        self.pending = dict(zip(self.averages, state.pending, strict=True))
+        return state.number
+
+    def decide_on_host(self, pending: Mapping[str, float]) -> None:
+        """Takes up other growth that is pending; the host decides until `decide_on_device` is called again."""
+        self.pending = dict(pending)
+        self.guard = None
 
     def non_finite(self) -> list[str]:
         """The names of averaged entries whose source holds a NaN or an infinity."""

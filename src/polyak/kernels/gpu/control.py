@@ -88,3 +88,8 @@ class Control:
         """Takes what `read` gave, for resuming; waits for the device."""
         self.minus_pending.copy_(torch.tensor([-growth for growth in state.pending], dtype=torch.float64))
         self.counts[:2].copy_(torch.tensor([state.number, state.skipped]))
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

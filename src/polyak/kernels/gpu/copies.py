@@ -20,12 +20,12 @@ class SettledCopies:
 
     Args:
         targets: what is written; they must stay where they are.
-        sources: on the same device; `fits` says which.
+        sources: such that `can_copy` says so.
     """
 
     def __init__(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         pairs = list(zip(targets, sources, strict=True))
-        assert all(fits(target, source) for target, source in pairs)
+        assert all(can_copy(target, source) for target, source in pairs)
         self._pairs = pairs  # addresses stay valid as long as these live
         chunks = [chunk for target, source in pairs for chunk in _chunks(target, source)]
         self._sizes = tuple(sorted({size for *_, size in chunks}))
@@ -42,7 +42,7 @@ class SettledCopies:
                 )
 
 
-def fits(target: Tensor, source: Tensor) -> bool:
+def can_copy(target: Tensor, source: Tensor) -> bool:
     """Whether a copy is one of plain memory."""
     return (
         target.dtype == source.dtype

@@ -66,10 +66,10 @@ class Triton:
     def __init__(self, rows: Sequence[Row]) -> None:
         assert all(map(fits, rows))
         self._rows = tuple(rows)
-        self._device = rows[0].source.device
+        self.device = rows[0].source.device
         self._table = table = make_table(rows)
         self._grid = (len(table.chunks),)
-        self._bad_rows = torch.zeros(len(rows), dtype=torch.int32, device=self._device)
+        self._bad_rows = torch.zeros(len(rows), dtype=torch.int32, device=self.device)
         # Triton is imported by the first plan that needs it, and not with the package.
         self._update: Any = import_module("polyak.kernels.gpu.update")
         self._skip: Any = import_module("polyak.kernels.gpu.skip")
@@ -85,7 +85,7 @@ class Triton:
         if not self._grid[0]:
             return
         encoded = tuple(map(_encoded, weights))
-        with here(self._device):
+        with here(self.device):
             self._update.update[self._grid](
                 self._table.rows, self._table.chunks, step, encoded, **self._constants, **OPTIONS
             )
@@ -94,7 +94,7 @@ class Triton:
         """Raises the flag of the control where a source holds a NaN or an infinity."""
         if not self._grid[0]:
             return
-        with here(self._device):
+        with here(self.device):
             self._skip.find_bad[self._grid](
                 self._table.rows,
                 self._table.chunks,
@@ -126,7 +126,7 @@ class Triton:
         """Decides whether what is pending is applied, for all tables that share the control."""
         torch.expm1(control.minus_pending, out=control.minus_weights)
         num_profiles = len(control.weights)
-        with here(self._device):
+        with here(self.device):
             self._skip.settle[(1,)](
                 control.minus_weights,
                 control.minus_pending,
@@ -143,7 +143,7 @@ class Triton:
         """Updates with what `settle` decided."""
         if not self._grid[0]:
             return
-        with here(self._device):
+        with here(self.device):
             self._update.update_settled[self._grid](
                 self._table.rows,
                 self._table.chunks,

@@ -88,7 +88,7 @@ def sums(tensors: Sequence[Tensor]) -> list[int]:
 
 
 class _Look:
-    """A call over a table that gives a number for each chunk, and the positions of the tensors that the chunks are of."""
+    """A call over a table that gives a number for each chunk, and the positions of the tensors of the chunks."""
 
     def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
         chunks = cut_into_chunks([(tensor,) for tensor in tensors])

@@ -1,0 +1,159 @@
+"""Averages whose updates the device decides about, with the kernel in Triton's interpreter; run by `test_triton`."""
+
+import copy
+
+import pytest
+import torch
+
+import polyak
+import zoo
+from polyak import core as core_room
+
+# The interpreter computes with NumPy, which warns of infinities and NaNs.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
+RULES = {torch.nn.BatchNorm2d: "copy"}
+
+
+@pytest.fixture(autouse=True)
+def triton_for_all(monkeypatch):
+    monkeypatch.setenv("POLYAK_KERNELS", "triton,staged")
+
+
+def pair(profile, *, host_options=None, **options):
+    """A model with an average that the device decides about, and a twin whose average the host decides about."""
+    torch.manual_seed(0)
+    model = zoo.batchnorm()
+    twin = copy.deepcopy(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLYAK_KERNELS", "staged")
+        host = polyak.WeightAverage(twin, profile, rules=RULES, **(host_options or options))
+    return model, polyak.WeightAverage(model, profile, rules=RULES, **options), twin, host
+
+
+def drift(*models, seed):
+    for model in models:
+        zoo.drift(model, torch.Generator().manual_seed(seed))
+
+
+def weights(average):
+    return {f"{name}/{key}": t for name in average.profiles for key, t in average[name].weights().items()}
+
+
+MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("bad", [[], [3], [0], [2, 3]])
+def test_a_bad_step_is_left_out_and_its_growth_applied_later(bad, mode):
+    model, average, twin, host = pair(polyak.Exponential(0.9), nonfinite="skip", **mode)
+    for step in range(6):
+        drift(model, twin, seed=step)
+        kept = model[0].weight.detach().clone()
+        if step in bad:
+            before = average.weights()
+            with torch.no_grad():
+                model[0].weight[0, 0] = twin[0].weight[0, 0] = float("nan")
+                model[1].running_mean[0] = twin[1].running_mean[0] = float("inf")
+        average.update(), host.update()
+        if step in bad:
+            assert zoo.bit_equal(average.weights(), before)
+            with torch.no_grad():
+                for each in (model, twin):
+                    each[0].weight.copy_(kept)
+                    each[1].running_mean.zero_()
+    assert average._core.store.guard is not None
+    assert host._core.store.guard is None
+    assert zoo.bit_equal(average.weights(), host.weights())
+    assert (average.num_updates, average.report().num_skipped) == (6 - len(bad), len(bad))
+
+
+def test_raise_comes_with_the_next_call_and_names_the_tensor():
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    drift(model, seed=0)
+    kept = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    before = average.weights()
+    average.update()
+    with torch.no_grad():
+        model[0].weight.copy_(kept)
+    with pytest.raises(polyak.StateError, match=r"NaNs or infinities in '0.weight', which would stay"):
+        average.update()
+    assert zoo.bit_equal(average.weights(), before)
+    average.update()
+    assert not zoo.bit_equal(average.weights(), before)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_restart_after_a_bad_step_takes_what_is_pending_along(mode):
+    model, average, *_ = pair(PROFILES, nonfinite="skip", **mode)
+    for step in range(3):
+        drift(model, seed=step)
+        average.update()
+    kept = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.fill_(float("inf"))
+    average.update()
+    with torch.no_grad():
+        model[0].weight.copy_(kept)
+    state = copy.deepcopy(average.state_dict())
+    assert min(state["pending"].values()) > 0
+    assert state["clock"]["num_updates"] == 3
+    twin = copy.deepcopy(model)
+    resumed = polyak.WeightAverage(twin, PROFILES, rules=RULES, nonfinite="skip", **mode)
+    resumed.load_state_dict(state)
+    copied = copy.deepcopy({"model": model, "average": average})
+    for step in range(3, 5):
+        drift(model, twin, copied["model"], seed=step)
+        average.update(), resumed.update(), copied["average"].update()
+    assert zoo.bit_equal(weights(average), weights(resumed))
+    assert zoo.bit_equal(weights(average), weights(copied["average"]))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_what_a_graph_would_replay(mode, monkeypatch):
+    """The captured update is `guard.run`; each replay applies the growth of the moment."""
+    model, average, twin, host = pair(PROFILES, every=2, **mode)
+    average.advance()
+    with monkeypatch.context() as patch:
+        # A capture only records; here what is recorded runs, before the first step, and so has to be undone.
+        patch.setattr(core_room, "is_capturing", lambda: True)
+        before = average._core.store.guard.read()
+        average.update()
+    average._core.store.guard.write(before.pending, before.number)
+    for step in range(6):
+        drift(model, twin, seed=step)
+        if step:
+            average.advance()
+        average._core.store.guard.run(look=False)
+        host.update()
+    assert zoo.bit_equal(weights(average), weights(host))
+    assert average.num_updates == host.num_updates == 3
+    assert average.time == host.time == 6
+
+
+def test_a_captured_update_needs_advance(monkeypatch):
+    _, average, *_ = pair(polyak.Exponential(0.9))
+    monkeypatch.setattr(core_room, "is_capturing", lambda: True)
+    with pytest.raises(polyak.StateError, match=r"call advance\(\) before the capture and before each replay"):
+        average.update()
+    average.advance()
+    with pytest.raises(ValueError, match=r"give the time to advance\(at=...\)"):
+        average.update(at=3)
+
+
+def test_reset_and_new_tensors():
+    model, average, twin, host = pair(PROFILES, nonfinite="skip")
+    for each in (average, host):
+        each.update()
+        each.reset()
+    assert (average.num_updates, average.time) == (0, 0)
+    with torch.no_grad():
+        for each in (model, twin):
+            each[0].weight = torch.nn.Parameter(each[0].weight.clone())
+    for step in range(3):
+        drift(model, twin, seed=step)
+        average.update(), host.update()
+    assert zoo.bit_equal(weights(average), weights(host))
