@@ -107,8 +107,9 @@ def test_every_mode_layout_and_weight_and_several_averages(mode, source_dtype, d
 @pytest.mark.protects
 @pytest.mark.parametrize("kernels", KERNELS, ids=str)
 @pytest.mark.parametrize(("mode", "source_dtype", "dtype"), [case for case in CASES if case[1].is_complex], ids=str)
-def test_a_conjugate_view_counts_as_what_it_shows(mode, source_dtype, dtype, kernels):
-    row = make_row(mode, "x", random(source_dtype, 5, 3).conj(), dtype, 2)
+@pytest.mark.parametrize("shape", [(5, 3), (1,), ()])
+def test_a_conjugate_view_counts_as_what_it_shows(mode, source_dtype, dtype, shape, kernels):
+    row = make_row(mode, "x", random(source_dtype, *shape).conj(), dtype, 2)
     right = [expected_of(replace(row, source=row.source.resolve_conj()), number, 0.25) for number in range(2)]
     Plan([row], kernels=kernels).run([0.25, 0.25])
     for number, (average, second) in enumerate(right):

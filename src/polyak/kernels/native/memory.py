@@ -21,7 +21,8 @@ _ARGUMENTS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
 def is_reachable(*tensors: Tensor) -> bool:
     """Whether C can take tensors of one shape as stretches of memory, element by element in the same order."""
     return (
-        all(is_plain(t) and t.device.type == "cpu" and is_dense(t) and not t.is_conj() for t in tensors)
+        all(is_plain(t) and t.device.type == "cpu" and is_dense(t) for t in tensors)
+        and not any(t.is_conj() or t.is_neg() for t in tensors)
         and all(t.stride() == tensors[0].stride() for t in tensors)
         and library() is not None
     )

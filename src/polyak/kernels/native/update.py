@@ -29,7 +29,7 @@ def is_supported(row: Row) -> bool:
         source.dtype in _FLOATS
         and row.averages[0].dtype in _AVERAGES[row.mode]
         and all(second.dtype == fractions.DTYPE for second in row.seconds)
-        and all(tensor.device.type == "cpu" and is_dense(tensor) for tensor in row.tensors)
+        and all(t.device.type == "cpu" and is_dense(t) and not t.is_neg() for t in row.tensors)
         and (source.dim() <= 1 or all(tensor.stride() == source.stride() for tensor in others))
     )
 
