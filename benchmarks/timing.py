@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
+import torch
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -24,24 +26,56 @@ def spread(milliseconds: Sequence[float]) -> Spread:
     return Spread(median, lower, upper)
 
 
-def milliseconds(call: Callable[[], object]) -> float:
+def nothing() -> None:
+    """There is nothing to wait for on a CPU."""
+
+
+def waiting(device: torch.device) -> Callable[[], object]:
+    """What waits until a device has done all that it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else nothing
+
+
+def milliseconds(call: Callable[[], object], wait: Callable[[], object] = nothing) -> float:
+    wait()
     started = perf_counter()
     call()
+    wait()
     return (perf_counter() - started) * 1e3
 
 
-def in_turn(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Times each call once a round, in another order every round."""
+@dataclass(frozen=True)
+class Turns:
+    """Milliseconds of one contender, a number for each of its turns.
+
+    Attributes:
+        first: the first call of a turn, after others filled the caches.
+        time: the median of the calls that followed; or the first, where there was one call only.
+    """
+
+    first: list[float]
+    time: list[float]
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    num_calls: int = 1,
+    wait: Callable[[], object] = nothing,
+) -> dict[str, Turns]:
+    """Gives each call one turn a round, of `num_calls` calls in a row, in another order every round."""
     names = list(calls)
     shuffle = random.Random(0).shuffle
-    times: dict[str, list[float]] = {name: [] for name in names}
+    turns = {name: Turns([], []) for name in names}
     gc.collect()
     gc.disable()
     try:
         for _ in range(rounds):
             shuffle(names)
             for name in names:
-                times[name].append(milliseconds(calls[name]))
+                first, *others = [milliseconds(calls[name], wait) for _ in range(num_calls)]
+                turns[name].first.append(first)
+                turns[name].time.append(statistics.median(others or [first]))
     finally:
         gc.enable()
-    return times
+    return turns

@@ -1,0 +1,60 @@
+"""Where the host's time goes in one update of many small tensors: each part is timed by itself, all in turn."""
+
+from dataclasses import dataclass
+
+import torch
+
+import polyak
+from benchmarks.contender import DECAY, WEIGHT
+from benchmarks.shapes import small_tensors
+from benchmarks.timing import in_turn, spread, waiting
+
+WHOLE = "update() in all"
+CALLS = 5
+
+
+@dataclass(frozen=True)
+class Account:
+    """Microseconds, medians of warm calls; `rest` is what the parts leave of the whole."""
+
+    whole: float
+    parts: dict[str, float]
+
+    @property
+    def rest(self) -> float:
+        return self.whole - sum(self.parts.values())
+
+
+def measure(rounds: int = 100, *, device: torch.device | str = "cpu") -> Account:
+    with torch.device(device):
+        model = small_tensors()
+    average = polyak.WeightAverage(model, polyak.Exponential(DECAY))
+    core = average._core
+    (profile,) = core.profiles.values()
+    averages = list(average.weights().values())
+
+    def clock_and_growth() -> None:
+        clock = core.clock.tick(None)
+        clock.growth(profile, core.clock.updated_at)
+
+    def kernel_and_versions() -> None:
+        core.store.plan.run([WEIGHT])
+
+    def versions() -> None:
+        torch.autograd.graph.increment_version(averages)
+
+    average.update()
+    calls = {
+        WHOLE: average.update,
+        "check that the source is the same": core.follow_source,
+        "clock and growth": clock_and_growth,
+        "kernel and version counters": kernel_and_versions,
+        "version counters alone": versions,
+    }
+    turns = in_turn(calls, rounds, num_calls=CALLS, wait=waiting(torch.device(device)))
+    parts = {name: spread(each.time).median * 1e3 for name, each in turns.items()}
+    whole = parts.pop(WHOLE)
+    counted = parts.pop("version counters alone")
+    parts["kernel"] = parts.pop("kernel and version counters") - counted
+    parts["version counters, for autograd"] = counted
+    return Account(whole, parts)
