@@ -68,7 +68,7 @@ def main(
     rounds: Annotated[int | None, typer.Option(min=1, help="For every shape, instead of its own number.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: the CPU, then the GPU if there is one.")] = "",
     curves: Annotated[bool, typer.Option(help="How time grows with parameters and with tensors.")] = True,
-    errors: Annotated[bool, typer.Option(help="The errors against float64, which take two minutes.")] = True,
+    errors: Annotated[bool, typer.Option(help="The errors against float64, which take a minute.")] = True,
     error_steps: Annotated[int, typer.Option(min=1, help="Of the training run; the noisy one is 10 times that.")] = (
         error.STEPS
     ),
@@ -101,7 +101,7 @@ def main(
 def measure_the_rest(shown: Shown, *, errors: bool, steps: int, imports: int) -> None:
     """What does not depend on a device."""
     if errors:
-        for run in (error.training_run(steps), error.noisy_run(steps * error.NOISY_TIMES_LONGER)):
+        for run in error.both_runs(steps):
             shown.errors.append(run)
             shown.show(tables.error_table(run))
         shown.error_verdicts += error_verdicts(shown.errors)

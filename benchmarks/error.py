@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial, wraps
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +54,7 @@ def compare(name: str, decay: float, average: Tensor, exact: Tensor) -> Error:
 def one_thread(run: Callable[..., ErrorRun]) -> Callable[..., ErrorRun]:
     """Tensors this small are faster with one."""
 
+    @wraps(run)
     def with_one_thread(*args: object, **options: object) -> ErrorRun:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
@@ -66,7 +70,8 @@ def one_thread(run: Callable[..., ErrorRun]) -> Callable[..., ErrorRun]:
 def training_run(steps: int = STEPS, rows: Sequence[FollowerRow] = FOLLOWERS) -> ErrorRun:
     """A regression trained by AdamW with cosine decay; everybody averages the same weights."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1))
+    plain = partial(nn.Linear, bias=False)  # few tensors: most of the time goes into calls for each
+    model = nn.Sequential(plain(32, 64), nn.Tanh(), plain(64, 64), nn.Tanh(), plain(64, 1))
     teacher = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 1))
     inputs = torch.randn(4096, 32)
     with torch.no_grad():
@@ -119,3 +124,11 @@ def noisy_run(steps: int = STEPS * NOISY_TIMES_LONGER) -> ErrorRun:
         compare(name, NOISY_DECAY, flat(list(average.weights().values())), exact) for name, average in averages.items()
     ]
     return ErrorRun(f"noise and drift, {NOISY_ELEMENTS} weights", steps, errors)
+
+
+def both_runs(steps: int = STEPS) -> list[ErrorRun]:
+    """Beside each other: each runs on one thread, and nothing is timed."""
+    with ProcessPoolExecutor(max_workers=2, mp_context=get_context("spawn")) as pool:
+        noisy = pool.submit(noisy_run, steps * NOISY_TIMES_LONGER)
+        trained = pool.submit(training_run, steps)
+        return [trained.result(), noisy.result()]
