@@ -58,7 +58,7 @@ def measure_updates(shown: Shown, suites: str, shapes: str, contenders: str, rou
 
 def one_launch() -> Verdict:
     count = launches.count()
-    return Verdict("launches of one update", FLOAT32.title, "1000 tensors of 32x32", "<= 1", count, count <= 1, "")
+    return Verdict("launches of one update", FLOAT32.name, "1000 tensors of 32x32", "<= 1", count, count <= 1, "")
 
 
 def main(

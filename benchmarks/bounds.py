@@ -144,7 +144,7 @@ def verdict(bound: Bound, measurement: Measurement, value: float) -> Verdict:
     beside = measurement.fastest(bound.beside) if bound.beside else None
     return Verdict(
         what=bound.what,
-        suite=bound.suite.title,
+        suite=bound.suite.name,
         shape=measurement.shape.title,
         bound=str(bound),
         value=value,

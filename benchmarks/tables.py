@@ -39,7 +39,7 @@ def update_table(measurement: Measurement) -> Table:
     if cold:
         notes.append("The median is of the calls that follow the first of a turn.")
     if measurement.left_out:
-        notes.append(f"Left out for want of memory: {', '.join(measurement.left_out)}.")
+        notes.append(f"Left out, for memory or time: {', '.join(measurement.left_out)}.")
     turns = f"{measurement.rounds} turns" + (f" of {shape.num_calls} calls" if cold else "")
     return Table(
         title=f"One update, {suite.title}, {shape.title}, {shape.entries} entries, {measurement.device}, {turns}",
@@ -137,17 +137,25 @@ def import_table(measured: ImportTime, rounds: int) -> Table:
     )
 
 
-SHORT_PEERS = ("timm ModelEmaV3", "torch AveragedModel", "ema-pytorch", "diffusers EMAModel", "the seed's formula")
+SHORT = {
+    OURS: "`WeightAverage`",
+    CLASSIC: "`ModelEma`",
+    "timm ModelEmaV3": "timm V3",
+    "torch AveragedModel": "torch",
+    "ema-pytorch": "ema-pytorch",
+    "torch-ema": "torch-ema",
+    "diffusers EMAModel": "diffusers",
+    "Lightning EMAWeightAveraging": "Lightning",
+    "timm ModelEma": "timm ModelEma",
+}
 
 
 def short_table(measurements: Sequence[Measurement]) -> Table:
     """For the README: medians in float32, one line a model."""
-    columns = [OURS, CLASSIC, *SHORT_PEERS]
     rows = []
     for measurement in measurements:
         if measurement.suite is not FLOAT32:
             continue
-        limit = measurement.fastest(Kind.LIMIT)
-        found = [*map(measurement.row, columns), limit]
+        found = [*map(measurement.row, SHORT), measurement.fastest(Kind.LIMIT)]
         rows.append((measurement.shape.title, *(digits(row.time.median) if row else "" for row in found)))
-    return Table(title="In short, median ms", columns=("", *columns, "limit"), rows=rows)
+    return Table(title="In short, median ms", columns=("", *SHORT.values(), "flat limit"), rows=rows)

@@ -1,6 +1,7 @@
 """Times calls in turn, so that what drifts on the machine hits all of them equally."""
 
 import gc
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+
+LEAST_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,22 @@ def in_turn(
     *,
     num_calls: int = 1,
     wait: Callable[[], object] = nothing,
+    seconds: float = math.inf,
 ) -> dict[str, Turns]:
-    """Gives each call one turn a round, of `num_calls` calls in a row, in another order every round."""
+    """Gives each call one turn a round, of `num_calls` calls in a row, in another order every round.
+
+    After `seconds` no round begins, but for the first few.
+    """
     names = list(calls)
     shuffle = random.Random(0).shuffle
     turns = {name: Turns([], []) for name in names}
     gc.collect()
     gc.disable()
+    started = perf_counter()
     try:
-        for _ in range(rounds):
+        for number in range(rounds):
+            if number >= LEAST_ROUNDS and perf_counter() - started > seconds:
+                break
             shuffle(names)
             for name in names:
                 first, *others = [milliseconds(calls[name], wait) for _ in range(num_calls)]

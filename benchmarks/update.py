@@ -14,6 +14,7 @@ from benchmarks.timing import Spread, in_turn, spread, waiting
 
 WARM_UPS = 2
 NEVER_LEFT_OUT = 2  # contenders
+SECONDS = 20.0  # of turns, for one model
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def measure(
     for contender in suite.all_contenders(device) if contenders is None else contenders:
         # As much again for what its formula makes on the way.
         needed = 2 * contender.num_averages * parameters * suite.average.itemsize
-        if len(running) >= NEVER_LEFT_OUT and needed > free_bytes(device):
+        too_slow = device.type == "cpu" and parameters > contender.most_parameters_on_cpu
+        if too_slow or (len(running) >= NEVER_LEFT_OUT and needed > free_bytes(device)):
             left_out.append(contender.name)
             continue
         running[contender] = contender.build(model)
@@ -78,7 +80,9 @@ def measure(
         rounds,
         num_calls=shape.num_calls,
         wait=waiting(device),
+        seconds=SECONDS,
     )
+    rounds = min(len(turn.time) for turn in turns.values())
     updates = rounds * shape.num_calls
     rows = [
         Row(

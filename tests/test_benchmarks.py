@@ -20,7 +20,7 @@ from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
 from benchmarks.suites import FLOAT32, SUITES
 from benchmarks.table import digits, mark
 from benchmarks.tables import error_table, short_table, update_table, verdict_table
-from benchmarks.timing import Spread, in_turn, spread
+from benchmarks.timing import LEAST_ROUNDS, Spread, in_turn, spread
 from benchmarks.update import Measurement, Row, measure
 
 TINY = Shape("small", "3 tensors of 32x32", 3, 1, partial(small_tensors, 3), num_calls=3)
@@ -38,6 +38,10 @@ def test_each_takes_its_turn_with_all_its_calls():
     assert {len(turn.first) for turn in turns.values()} == {len(turn.time) for turn in turns.values()} == {4}
     assert len(called) == 2 * 4 * 3
     assert all(len(set(called[start : start + 3])) == 1 for start in range(0, len(called), 3))
+
+
+def test_no_round_begins_after_the_time_is_up_but_for_the_first_few():
+    assert len(in_turn({"a": lambda: None}, 100, seconds=0.0)["a"].time) == LEAST_ROUNDS
 
 
 def test_three_digits_and_marks():
@@ -240,6 +244,11 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     names = ["one", "two", "three"]
     contenders = [Contender(name, Kind.OURS, ours.weight_average) for name in names]
     assert measure(FLOAT32, TINY, contenders=contenders).left_out == ["three"]
+
+
+def test_what_takes_seconds_on_a_cpu_is_left_out():
+    slow = Contender("slow", Kind.PEER, ours.weight_average, most_parameters_on_cpu=3000)
+    assert measure(FLOAT32, TINY, contenders=[WEIGHT_AVERAGE, slow]).left_out == ["slow"]
 
 
 # Errors against float64.
