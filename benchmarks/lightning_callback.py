@@ -23,7 +23,7 @@ def ema_weight_averaging(model: nn.Module) -> Running:
             super().__init__()
             self.model = model
 
-    holder = Holder()
+    holder = Holder().to(next(model.parameters()).device)  # so that it knows where it is
     trainer = SimpleNamespace(global_step=0)
     callback = EMAWeightAveraging(decay=DECAY)
     callback.setup(trainer, holder, "fit")

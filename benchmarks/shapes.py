@@ -22,7 +22,8 @@ class Shape:
         entries: the length of its state_dict, checked, so that the numbers stay comparable.
         rounds: how often the contenders take turns.
         build: makes it.
-        num_calls: calls in a turn. A small model's first call of a turn finds the caches full of the others' averages.
+        num_calls: calls in a turn. A small model's first call of a turn finds the caches full of the others' averages,
+            and on a GPU it is the whole call that counts; of large models it is the GPU's own time.
         on_gpu_only: too large for the memory of most machines otherwise.
     """
 

@@ -38,6 +38,8 @@ def update_table(measurement: Measurement) -> Table:
     notes = [suite.note] if suite.note else []
     if cold:
         notes.append("The median is of the calls that follow the first of a turn.")
+    if measurement.device == "cuda":
+        notes.append("From the call until the GPU is done." if cold else "The GPU's own time.")
     if measurement.left_out:
         notes.append(f"Left out, for memory or time: {', '.join(measurement.left_out)}.")
     turns = f"{measurement.rounds} turns" + (f" of {shape.num_calls} calls" if cold else "")

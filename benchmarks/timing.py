@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 
 LEAST_ROUNDS = 5
+SLEEP_CYCLES = 20_000_000  # some 10 ms
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,42 @@ def spread(milliseconds: Sequence[float]) -> Spread:
     return Spread(median, lower, upper)
 
 
-def nothing() -> None:
-    """There is nothing to wait for on a CPU."""
+Timer = Callable[[Callable[[], object]], float]
 
 
-def waiting(device: torch.device) -> Callable[[], object]:
-    """What waits until a device has done all that it was given."""
-    return torch.cuda.synchronize if device.type == "cuda" else nothing
-
-
-def milliseconds(call: Callable[[], object], wait: Callable[[], object] = nothing) -> float:
-    wait()
+def milliseconds(call: Callable[[], object]) -> float:
+    """On a CPU, where a call that has returned is done."""
     started = perf_counter()
     call()
-    wait()
     return (perf_counter() - started) * 1e3
+
+
+def end_to_end(call: Callable[[], object]) -> float:
+    """On a GPU, from the call until the GPU is done."""
+    torch.cuda.synchronize()
+    started = perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (perf_counter() - started) * 1e3
+
+
+def on_gpu(call: Callable[[], object]) -> float:
+    """The GPU's own time: it sleeps until the host has given it all its work, as if it were still busy training."""
+    torch.cuda.synchronize()
+    started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    started.record()
+    call()
+    ended.record()
+    torch.cuda.synchronize()
+    return started.elapsed_time(ended)
+
+
+def timer_for(device: torch.device, *, in_all: bool) -> Timer:
+    """`in_all`: with the host's own time, which an update of large tensors hides behind the GPU's other work."""
+    if device.type == "cpu":
+        return milliseconds
+    return end_to_end if in_all else on_gpu
 
 
 @dataclass(frozen=True)
@@ -64,7 +86,7 @@ def in_turn(
     rounds: int,
     *,
     num_calls: int = 1,
-    wait: Callable[[], object] = nothing,
+    timer: Timer = milliseconds,
     seconds: float = math.inf,
 ) -> dict[str, Turns]:
     """Gives each call one turn a round, of `num_calls` calls in a row, in another order every round.
@@ -83,7 +105,7 @@ def in_turn(
                 break
             shuffle(names)
             for name in names:
-                first, *others = [milliseconds(calls[name], wait) for _ in range(num_calls)]
+                first, *others = [timer(calls[name]) for _ in range(num_calls)]
                 turns[name].first.append(first)
                 turns[name].time.append(statistics.median(others or [first]))
     finally:

@@ -10,7 +10,7 @@ from benchmarks.contender import Contender, Kind, Running
 from benchmarks.machine import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.suites import Suite
-from benchmarks.timing import Spread, in_turn, spread, waiting
+from benchmarks.timing import Spread, in_turn, spread, timer_for
 
 WARM_UPS = 2
 NEVER_LEFT_OUT = 2  # contenders
@@ -79,7 +79,7 @@ def measure(
         {contender.name: each.update for contender, each in running.items()},
         rounds,
         num_calls=shape.num_calls,
-        wait=waiting(device),
+        timer=timer_for(device, in_all=shape.num_calls > 1),
         seconds=SECONDS,
     )
     rounds = min(len(turn.time) for turn in turns.values())

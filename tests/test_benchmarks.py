@@ -14,7 +14,7 @@ from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by
 from benchmarks.error import DECAYS, NOISY_DECAY, Error, ErrorRun, compare, training_run
 from benchmarks.error_bounds import BOUNDS, error_verdicts
 from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, STOCHASTIC, FollowerRow
-from benchmarks.limits import FLAT_FORMS
+from benchmarks.limits import FLAT_FORMS, copy_of, lerp_of
 from benchmarks.results import Results, write
 from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
 from benchmarks.suites import FLOAT32, SUITES
@@ -224,6 +224,12 @@ def test_flat_limits_average(name):
     run_and_check(FLAT_FORMS[name])
     if name != "flat lerp_":  # which takes one dtype
         run_and_check(FLAT_FORMS[name], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("build", [copy_of, lerp_of])
+def test_limits_that_only_move_bytes_have_nothing_to_check(build):
+    contender = Contender("bytes", Kind.LIMIT, partial(build, bytes_per_parameter=12))
+    assert [row.error for row in measure(FLOAT32, TINY, contenders=[contender]).rows] == [None]
 
 
 @pytest.mark.parametrize("build", [ours.together, ours.separately])
