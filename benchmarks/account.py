@@ -31,31 +31,23 @@ def measure(rounds: int = 100, *, device: torch.device | str = "cpu") -> Account
     average = polyak.WeightAverage(model, polyak.Exponential(DECAY))
     core = average._core
     (profile,) = core.profiles.values()
-    averages = list(average.weights().values())
 
     def clock_and_growth() -> None:
         clock = core.clock.tick(None)
         clock.growth(profile, core.clock.updated_at)
 
-    def kernel_and_versions() -> None:
+    def kernel() -> None:
         core.store.plan.run([WEIGHT])
-
-    def versions() -> None:
-        torch.autograd.graph.increment_version(averages)
 
     average.update()
     calls = {
         WHOLE: average.update,
         "check that the source is the same": core.follow_source,
         "clock and growth": clock_and_growth,
-        "kernel and version counters": kernel_and_versions,
-        "version counters alone": versions,
+        "kernel": kernel,
     }
     # A GPU is not waited for: it is done long before the host has given it the next update.
     turns = in_turn(calls, rounds, num_calls=CALLS)
     parts = {name: spread(each.time).median * 1e3 for name, each in turns.items()}
     whole = parts.pop(WHOLE)
-    counted = parts.pop("version counters alone")
-    parts["kernel"] = parts.pop("kernel and version counters") - counted
-    parts["version counters, for autograd"] = counted
     return Account(whole, parts)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ours, peers
+from benchmarks import account, ours, peers
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -232,6 +232,11 @@ def test_limits_that_only_move_bytes_have_nothing_to_check(build):
     assert [row.error for row in measure(FLOAT32, TINY, contenders=[contender]).rows] == [None]
 
 
+@pytest.mark.parametrize("build", [ours.weight_average, ours.model_ema, ours.compensated, ours.stochastic])
+def test_every_mode_averages(build):
+    run_and_check(build, dtype=torch.bfloat16 if build is ours.stochastic else torch.float32)
+
+
 @pytest.mark.parametrize("build", [ours.together, ours.separately])
 def test_several_profiles_are_checked_with_their_own_decays(build):
     run_and_check(partial(build, count=3))
@@ -255,6 +260,12 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
 def test_what_takes_seconds_on_a_cpu_is_left_out():
     slow = Contender("slow", Kind.PEER, ours.weight_average, most_parameters_on_cpu=3000)
     assert measure(FLOAT32, TINY, contenders=[WEIGHT_AVERAGE, slow]).left_out == ["slow"]
+
+
+def test_the_account_is_complete():
+    found = account.measure(3)
+    assert list(found.parts) == ["check that the source is the same", "clock and growth", "kernel"]
+    assert sum(found.parts.values()) + found.rest == pytest.approx(found.whole)
 
 
 # Errors against float64.
