@@ -92,7 +92,7 @@ def main(
         if shown.verdicts:
             shown.show(tables.verdict_table(shown.verdicts))
             if any(each.suite is FLOAT32 for each in shown.measurements):
-                shown.show(tables.short_table(shown.measurements))
+                shown.show(tables.short_table(map(results.as_record, shown.measurements)))
         if write:
             for path in results.write(shown):
                 console.print(f"wrote {path.name}")

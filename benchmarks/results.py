@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.account import Account
 from benchmarks.bounds import Verdict
+from benchmarks.contender import Kind
 from benchmarks.error import ErrorRun
 from benchmarks.error_bounds import ErrorVerdict
 from benchmarks.import_time import ImportTime
@@ -51,6 +52,7 @@ class Results:
 
 
 def as_record(measurement: Measurement) -> dict[str, Any]:
+    limit = measurement.fastest(Kind.LIMIT)
     return {
         "averages": measurement.suite.title,
         "shape": measurement.shape.title,
@@ -59,6 +61,7 @@ def as_record(measurement: Measurement) -> dict[str, Any]:
         "device": measurement.device,
         "rounds": measurement.rounds,
         "calls": measurement.shape.num_calls,
+        "limit": limit.contender.name if limit else "",
         "milliseconds": {row.contender.name: asdict(row.time) for row in measurement.rows},
         "first_milliseconds": {row.contender.name: asdict(row.first) for row in measurement.rows},
     }

@@ -1,6 +1,7 @@
 """What was measured, as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.account import Account
 from benchmarks.bounds import CLASSIC, OURS, Verdict
@@ -152,12 +153,12 @@ SHORT = {
 }
 
 
-def short_table(measurements: Sequence[Measurement]) -> Table:
-    """For the README: medians in float32, one line a model."""
+def short_table(updates: Iterable[Mapping[str, Any]]) -> Table:
+    """For the README: medians in float32, one line a model, from the "updates" of a record that was written as JSON."""
     rows = []
-    for measurement in measurements:
-        if measurement.suite is not FLOAT32:
+    for update in updates:
+        if update["averages"] != FLOAT32.title:
             continue
-        found = [*map(measurement.row, SHORT), measurement.fastest(Kind.LIMIT)]
-        rows.append((measurement.shape.title, *(digits(row.time.median) if row else "" for row in found)))
+        medians = {name: digits(spread["median"]) for name, spread in update["milliseconds"].items()}
+        rows.append((update["shape"], *(medians.get(name, "") for name in (*SHORT, update["limit"]))))
     return Table(title="In short, median ms", columns=("", *SHORT.values(), "flat limit"), rows=rows)

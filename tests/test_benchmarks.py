@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic: medians, ratios, marks, and that nobody is timed who did not average."""
 
+import json
 import math
 from functools import partial
 
@@ -15,7 +16,7 @@ from benchmarks.error import DECAYS, NOISY_DECAY, Error, ErrorRun, compare, trai
 from benchmarks.error_bounds import BOUNDS, error_verdicts
 from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, STOCHASTIC, FollowerRow
 from benchmarks.limits import FLAT_FORMS, copy_of, lerp_of
-from benchmarks.results import Results, write
+from benchmarks.results import Results, as_record, write
 from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
 from benchmarks.suites import FLOAT32, SUITES
 from benchmarks.table import digits, mark
@@ -102,10 +103,12 @@ def test_update_table_has_ratios_to_limit_and_peer_and_says_who_was_left_out():
     assert "of the limit" not in update_table(measurement(ours=0.2)).columns
 
 
-def test_short_table_is_of_float32():
-    table = short_table([measurement(ours=0.2, limit=0.1)])
+def test_short_table_is_made_from_what_was_written():
+    written = json.loads(json.dumps([as_record(measurement(ours=0.2, limit=0.1))]))
+    table = short_table(written)
     assert table.rows[0][:2] == ("3 tensors of 32x32", "0.200")
     assert table.rows[0][-1] == "0.100"
+    assert table.rows_in_markdown().endswith("| 0.100 |")
 
 
 def test_every_bound_is_about_something_that_is_timed():
