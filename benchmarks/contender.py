@@ -1,6 +1,5 @@
 """What a contender is: how it is built for a model, what is timed, and which averages are checked afterwards."""
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,14 +46,12 @@ class Contender:
         kind: what it is to the comparison.
         build: sets it to work on a model.
         num_averages: how many averages of the whole model it keeps, for the memory that it takes.
-        most_parameters_on_cpu: above these one update takes seconds there, and it is left out.
     """
 
     name: str
     kind: Kind
     build: Callable[[nn.Module], Running]
     num_averages: int = 1
-    most_parameters_on_cpu: float = math.inf
 
 
 def floating_entries(model: nn.Module) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ def update_table(measurement: Measurement) -> Table:
     if measurement.device == "cuda":
         notes.append("From the call until the GPU is done." if cold else "The GPU's own time.")
     if measurement.left_out:
-        notes.append(f"Left out, for memory or time: {', '.join(measurement.left_out)}.")
+        notes.append(f"Left out for want of memory: {', '.join(measurement.left_out)}.")
     turns = f"{measurement.rounds} turns" + (f" of {shape.num_calls} calls" if cold else "")
     return Table(
         title=f"One update, {suite.title}, {shape.title}, {shape.entries} entries, {measurement.device}, {turns}",

@@ -260,11 +260,6 @@ def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
     assert measure(FLOAT32, TINY, contenders=contenders).left_out == ["three"]
 
 
-def test_what_takes_seconds_on_a_cpu_is_left_out():
-    slow = Contender("slow", Kind.PEER, ours.weight_average, most_parameters_on_cpu=3000)
-    assert measure(FLOAT32, TINY, contenders=[WEIGHT_AVERAGE, slow]).left_out == ["slow"]
-
-
 def test_the_account_is_complete():
     found = account.measure(3)
     assert list(found.parts) == ["check that the source is the same", "clock and growth", "kernel"]
