@@ -17,7 +17,7 @@ from benchmarks.timing import Spread, in_turn, spread, timer_for
 WARM_UPS = 2
 NEVER_LEFT_OUT = 2  # contenders
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-SECONDS = 15.0  # of turns, for one model
+SECONDS = 12.0  # of turns, for one model
 
 
 @dataclass(frozen=True)
