@@ -18,7 +18,7 @@ check: .venv/all-is-installed
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/all-is-installed
+bench: .venv/bench-is-installed
 	$(BIN)/python -m benchmarks
 
 format: .venv/all-is-installed
@@ -36,5 +36,11 @@ clean:
 	touch $@
 
 .venv/all-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
-	$(INSTALL) '.[demo,bench,dev]'
+	$(INSTALL) '.[demo,dev]'
+	touch $@
+
+# timm without what it requires: the benchmarks need one file of it, and torchvision is large.
+.venv/bench-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
+	$(INSTALL) '.[bench]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 	touch $@

@@ -1,17 +1,23 @@
-"""Prints every table: `python -m benchmarks [--shapes small,vit] [--rounds 20] [--write]`."""
+"""Prints every table: `python -m benchmarks [--suites float32] [--shapes small,vit] [--rounds 20] [--write]`."""
 
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
+import torch
 import typer
 from rich.console import Console
 
-from benchmarks import import_time, machine, results, tables, update
-from benchmarks.contenders import CONTENDERS, Contender
+from benchmarks import account, error, import_time, launches, machine, results, scaling, tables, update
+from benchmarks.bounds import Verdict, verdicts
+from benchmarks.contender import Contender
+from benchmarks.error_bounds import error_verdicts
+from benchmarks.results import Results
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.suites import FLOAT32, SUITES, Suite
+from benchmarks.table import Table
 
-WIDTH = 120
-Named = TypeVar("Named", Shape, Contender)
+WIDTH = 150
+Named = TypeVar("Named", Shape, Contender, Suite)
 
 
 def chosen(rows: Sequence[Named], names: str) -> list[Named]:
@@ -22,36 +28,87 @@ def chosen(rows: Sequence[Named], names: str) -> list[Named]:
     return found
 
 
+class Shown(Results):
+    """Results whose tables are printed as they come."""
+
+    def __init__(self, console: Console, device: str) -> None:
+        super().__init__(machine.describe(device), device)
+        self._console = console
+        console.print(", ".join(f"{key} {value}" for key, value in self.machine.items()))
+
+    def show(self, table: Table) -> None:
+        self.tables.append(table)
+        self._console.print(table.rich())
+
+
+def measure_updates(shown: Shown, suites: str, shapes: str, contenders: str, rounds: int | None) -> None:
+    device = torch.device(shown.device)
+    for suite in chosen(SUITES, suites):
+        everybody = suite.all_contenders(device)
+        timed = [each for each in everybody if not contenders or each in chosen(everybody, contenders)]
+        for shape in chosen(SHAPES, shapes):
+            if shape.name in suite.shapes and (device.type == "cuda" or not shape.on_gpu_only):
+                measurement = update.measure(suite, shape, device=device, rounds=rounds, contenders=timed)
+                shown.measurements.append(measurement)
+                shown.show(tables.update_table(measurement))
+    shown.verdicts += verdicts(shown.measurements)
+    if device.type == "cuda":
+        shown.verdicts.append(one_launch())
+
+
+def one_launch() -> Verdict:
+    count = launches.count()
+    return Verdict("launches of one update", FLOAT32.name, "1000 tensors of 32x32", "<= 1", count, count <= 1, "")
+
+
 def main(
-    shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2.")] = "",
+    suites: Annotated[str, typer.Option(help="Parts of names, as in: float32,compensated.")] = "",
+    shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2, llama-1b, llama-7b.")] = "",
     contenders: Annotated[str, typer.Option(help="Parts of names, as in: polyak,flat.")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="For every shape, instead of its own number.")] = None,
-    imports: Annotated[int, typer.Option(min=0, help="Fresh processes for each import.")] = 10,
-    write: Annotated[bool, typer.Option(help="Also write the tables to benchmarks/results/.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the CPU, then the GPU if there is one.")] = "",
+    curves: Annotated[bool, typer.Option(help="How time grows with parameters and with tensors.")] = True,
+    errors: Annotated[bool, typer.Option(help="The errors against float64, which take a minute.")] = True,
+    error_steps: Annotated[int, typer.Option(min=1, help="Of the training run; the noisy one is 10 times that.")] = (
+        error.STEPS
+    ),
+    imports: Annotated[int, typer.Option(min=0, help="Fresh processes for each import.")] = 5,
+    write: Annotated[bool, typer.Option(help="Also write it all to benchmarks/results/.")] = False,
 ) -> None:
+    if write and (suites or shapes or contenders):
+        raise typer.BadParameter("--write is for whole runs; leave --suites, --shapes and --contenders out")
     console = Console(width=WIDTH)
-    about = machine.describe()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()))
-    shown: list[tables.Table] = []
+    for where in [device] if device else ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
+        shown = Shown(console, where)
+        measure_updates(shown, suites, shapes, contenders, rounds)
+        shown.account = account.measure(device=where)
+        shown.show(tables.account_table(shown.account))
+        if curves:
+            shown.curves += scaling.curves(where)
+            for curve in shown.curves:
+                shown.show(tables.curve_table(curve))
+        if where == "cpu":
+            measure_the_rest(shown, errors=errors, steps=error_steps, imports=imports)
+        if shown.verdicts:
+            shown.show(tables.verdict_table(shown.verdicts))
+            if any(each.suite is FLOAT32 for each in shown.measurements):
+                shown.show(tables.short_table(map(results.as_record, shown.measurements)))
+        if write:
+            for path in results.write(shown):
+                console.print(f"wrote {path.name}")
 
-    def show(table: tables.Table) -> None:
-        shown.append(table)
-        console.print(table.rich())
 
-    measured: list[update.Measurement] = []
-    timed = chosen(CONTENDERS, contenders)
-    for shape in chosen(SHAPES, shapes):
-        measured.append(update.measure(shape, rounds, timed))
-        show(tables.update_table(measured[-1]))
-    if any(measurement.verdicts() for measurement in measured):
-        show(tables.verdict_table(measured))
-    imported = None
+def measure_the_rest(shown: Shown, *, errors: bool, steps: int, imports: int) -> None:
+    """What does not depend on a device."""
+    if errors:
+        for run in error.both_runs(steps):
+            shown.errors.append(run)
+            shown.show(tables.error_table(run))
+        shown.error_verdicts += error_verdicts(shown.errors)
+        shown.show(tables.error_verdict_table(shown.error_verdicts))
     if imports:
-        imported = import_time.measure(imports)
-        show(tables.import_table(imported, imports))
-    if write:
-        for path in results.write(about, measured, imported, shown):
-            console.print(f"wrote {path.name}")
+        shown.imported = import_time.measure(imports)
+        shown.show(tables.import_table(shown.imported, imports))
 
 
 if __name__ == "__main__":

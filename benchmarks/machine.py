@@ -2,12 +2,12 @@
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PACKAGES = ("polyak", "torch", "ema-pytorch", "torch-ema", "transformers")
+PACKAGES = ("polyak", "torch", "timm", "lightning", "ema-pytorch", "torch-ema", "diffusers", "transformers")
 
 
 def processor() -> str:
@@ -19,13 +19,36 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def describe() -> dict[str, str]:
-    return {
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe(device: str = "cpu") -> dict[str, str]:
+    about = {
         "processor": processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: installed(package) for package in PACKAGES},
     }
+    if device == "cuda":
+        about = {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **about}
+    return about
+
+
+def free_bytes(device: torch.device) -> float:
+    """How much memory is left; infinity where that is not known."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) * 1024
+    return float("inf")

@@ -1,47 +1,91 @@
-"""Writes one run to `benchmarks/results/`: JSON to compare, markdown to read."""
+"""Writes one run to `benchmarks/results/`: JSON to compare, markdown to read, a picture."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+from benchmarks.account import Account
+from benchmarks.bounds import Verdict
+from benchmarks.contender import Kind
+from benchmarks.error import ErrorRun
+from benchmarks.error_bounds import ErrorVerdict
 from benchmarks.import_time import ImportTime
-from benchmarks.tables import Table
+from benchmarks.scaling import Curve
+from benchmarks.table import Table
 from benchmarks.update import Measurement
 
 FOLDER = Path(__file__).parent / "results"
 
 
-def as_record(measurement: Measurement) -> dict[str, object]:
+@dataclass
+class Results:
+    """All that one run measured on one device, and the tables that say it."""
+
+    machine: dict[str, str]
+    device: str = "cpu"
+    measurements: list[Measurement] = field(default_factory=list[Measurement])
+    verdicts: list[Verdict] = field(default_factory=list[Verdict])
+    account: Account | None = None
+    curves: list[Curve] = field(default_factory=list[Curve])
+    errors: list[ErrorRun] = field(default_factory=list[ErrorRun])
+    error_verdicts: list[ErrorVerdict] = field(default_factory=list[ErrorVerdict])
+    imported: ImportTime | None = None
+    tables: list[Table] = field(default_factory=list[Table])
+
+    @property
+    def stem(self) -> str:
+        return f"cpu-{self.machine['threads']}-threads" if self.device == "cpu" else self.device
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "machine": self.machine,
+            "updates": [as_record(measurement) for measurement in self.measurements],
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "account": {**asdict(self.account), "rest": self.account.rest} if self.account else None,
+            "curves": [asdict(curve) for curve in self.curves],
+            "errors": [asdict(run) for run in self.errors],
+            "error_verdicts": [{**asdict(verdict), "reached": verdict.reached} for verdict in self.error_verdicts],
+            "import": asdict(self.imported) if self.imported else None,
+        }
+
+
+def as_record(measurement: Measurement) -> dict[str, Any]:
+    limit = measurement.fastest(Kind.LIMIT)
     return {
+        "averages": measurement.suite.title,
         "shape": measurement.shape.title,
         "entries": measurement.shape.entries,
+        "parameters": measurement.parameters,
+        "device": measurement.device,
         "rounds": measurement.rounds,
+        "calls": measurement.shape.num_calls,
+        "limit": limit.contender.name if limit else "",
         "milliseconds": {row.contender.name: asdict(row.time) for row in measurement.rows},
-        "verdicts": [asdict(verdict) for verdict in measurement.verdicts()],
+        "first_milliseconds": {row.contender.name: asdict(row.first) for row in measurement.rows},
     }
 
 
-def write(
-    machine: dict[str, str],
-    measurements: Sequence[Measurement],
-    imported: ImportTime | None,
-    tables: Sequence[Table],
-) -> list[Path]:
-    stem = f"cpu-{machine['threads']}-threads"
-    record = {
-        "machine": machine,
-        "updates": [as_record(measurement) for measurement in measurements],
-        "import": asdict(imported) if imported else None,
-    }
-    heading = "\n".join(
-        ("# One update and one import", "", *(f"- {key}: {value}" for key, value in machine.items()), "")
-    )
-    files = {
-        FOLDER / f"{stem}.json": json.dumps(record, indent=2) + "\n",
-        FOLDER / f"{stem}.md": "\n".join((heading, *(table.markdown() for table in tables))),
-    }
-    FOLDER.mkdir(exist_ok=True)
-    for path, text in files.items():
-        path.write_text(text)
-    return list(files)
+def markdown(machine: dict[str, str], tables: Sequence[Table], picture: str | None) -> str:
+    lines = ["# What averages cost", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
+    if picture:
+        lines += [f"![one update's time by the number of parameters, and of tensors]({picture})", ""]
+    return "\n".join((*lines, *(table.markdown() for table in tables)))
+
+
+def write(results: Results, folder: Path = FOLDER) -> list[Path]:
+    from benchmarks.plot import draw
+
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{results.stem}.{suffix}" for suffix in ("json", "md", "png")]
+    if results.curves:
+        machine = results.machine
+        about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+        draw(results.curves, paths[2], about=f"{about}, torch {machine['torch']}")
+    else:
+        del paths[2]
+    paths[0].write_text(json.dumps(results.record(), indent=2) + "\n")
+    picture = paths[2].name if results.curves else None
+    paths[1].write_text(markdown(results.machine, results.tables, picture))
+    return paths

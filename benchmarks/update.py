@@ -1,99 +1,111 @@
-"""Times one update of every contender on one shape."""
+"""Times one update of every contender of a suite on one shape."""
 
+import ctypes
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.check import check, move
-from benchmarks.contenders import CONTENDERS, Contender, Kind
+from benchmarks.contender import Contender, Kind, Running
+from benchmarks.machine import free_bytes
 from benchmarks.shapes import Shape
-from benchmarks.timing import Spread, in_turn, spread
+from benchmarks.suites import Suite
+from benchmarks.timing import Spread, in_turn, spread, timer_for
 
 WARM_UPS = 2
-MOST_OF_THE_PEER = 1.0
-LEAST_SPEED_UP = 3.0
+NEVER_LEFT_OUT = 2  # contenders
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+SECONDS = 12.0  # of turns, for one model
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one shape."""
+    """One contender on one shape: the first call of a turn, those that follow, and the largest error an update."""
 
     contender: Contender
+    first: Spread
     time: Spread
-    error: float
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One of our classes beside the fastest peer, the seed's formula and the limit. Ratios of medians."""
-
-    contender: str
-    fastest_peer: str
-    of_peer: float
-    of_limit: float
-    speed_up: float
-
-    @property
-    def never_slower(self) -> bool:
-        return self.of_peer <= MOST_OF_THE_PEER
-
-    @property
-    def fast_enough(self) -> bool:
-        return self.speed_up >= LEAST_SPEED_UP
+    error: float | None
 
 
 @dataclass(frozen=True)
 class Measurement:
+    suite: Suite
     shape: Shape
+    device: str
+    parameters: int
     rounds: int
     rows: list[Row]
+    left_out: list[str]
 
     def of_kind(self, kind: Kind) -> list[Row]:
         """The fastest first."""
         return sorted((row for row in self.rows if row.contender.kind is kind), key=lambda row: row.time.median)
 
-    def verdicts(self) -> list[Verdict]:
-        """None where only some contenders were timed."""
-        peers, seeds, limits = map(self.of_kind, (Kind.PEER, Kind.SEED, Kind.LIMIT))
-        if not (peers and seeds and limits):
-            return []
-        peer, seed, limit = peers[0], seeds[0], limits[0]
-        return [
-            Verdict(
-                contender=row.contender.name,
-                fastest_peer=peer.contender.name,
-                of_peer=row.time.median / peer.time.median,
-                of_limit=row.time.median / limit.time.median,
-                speed_up=seed.time.median / row.time.median,
-            )
-            for row in self.rows
-            if row.contender.kind is Kind.OURS
-        ]
+    def fastest(self, kind: Kind) -> Row | None:
+        return next(iter(self.of_kind(kind)), None)
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.contender.name == name), None)
 
 
-def measure(shape: Shape, rounds: int | None = None, contenders: Sequence[Contender] = CONTENDERS) -> Measurement:
+def measure(
+    suite: Suite,
+    shape: Shape,
+    *,
+    device: torch.device | str = "cpu",
+    rounds: int | None = None,
+    contenders: Sequence[Contender] | None = None,
+) -> Measurement:
+    device = torch.device(device)
     rounds = rounds or shape.rounds
-    settle_allocator()
-    model = shape.model()
+    if device.type == "cpu":
+        settle_allocator()
+    model = shape.model(dtype=suite.source, device=device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    running = {contender: contender.build(model) for contender in contenders}
-    for each in running.values():
+    running: dict[Contender, Running] = {}
+    left_out: list[str] = []
+    for contender in suite.all_contenders(device) if contenders is None else contenders:
+        # As much again for what its formula makes on the way.
+        needed = 2 * contender.num_averages * parameters * suite.average.itemsize
+        if len(running) >= NEVER_LEFT_OUT and needed > free_bytes(device):
+            left_out.append(contender.name)
+            continue
+        running[contender] = contender.build(model)
         for _ in range(WARM_UPS):
-            each.update()
-    move(pair for each in running.values() for pair in each.pairs())
-    times = in_turn({contender.name: each.update for contender, each in running.items()}, rounds)
+            running[contender].update()
+    move(pair for each in running.values() if each.pairs for pair in each.pairs())
+    turns = in_turn(
+        {contender.name: each.update for contender, each in running.items()},
+        rounds,
+        num_calls=shape.num_calls,
+        timer=timer_for(device, in_all=shape.num_calls > 1),
+        seconds=SECONDS,
+    )
+    rounds = min(len(turn.time) for turn in turns.values())
+    updates = rounds * shape.num_calls
     rows = [
-        Row(contender, spread(times[contender.name]), check(contender, each.pairs(), rounds, parameters))
+        Row(
+            contender,
+            first=spread(turns[contender.name].first),
+            time=spread(turns[contender.name].time),
+            error=check(contender, each.pairs(), updates, parameters) if each.pairs else None,
+        )
         for contender, each in running.items()
     ]
-    return Measurement(shape, rounds, rows)
+    return Measurement(suite, shape, device.type, parameters, rounds, rows, left_out)
 
 
 def settle_allocator() -> None:
     """Lets every run begin in the same state, the one that suits temporaries best.
 
-    glibc takes fresh pages for each block larger than the largest it has seen freed, up to 32 MiB; so what ran before
-    would decide how long the formulas with temporaries take, by factors.
+    glibc takes fresh pages for each block larger than the largest it has seen freed, up to 32 MiB, and gives back what
+    is free at the end of its heap; so what ran before would decide how long the formulas with temporaries take, by
+    factors. Larger blocks get fresh pages always.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    if platform.libc_ver()[0] == "glibc":
+        c = ctypes.CDLL(None)
+        c.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        c.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)

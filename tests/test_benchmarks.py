@@ -1,0 +1,329 @@
+"""The benchmarks' own arithmetic: medians, ratios, marks, and that nobody is timed who did not average."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import account, ours, peers
+from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
+from benchmarks.check import check, move
+from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
+from benchmarks.error import DECAYS, NOISY_DECAY, Error, ErrorRun, compare, training_run
+from benchmarks.error_bounds import BOUNDS, error_verdicts
+from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, STOCHASTIC, FollowerRow
+from benchmarks.limits import FLAT_FORMS, copy_of, lerp_of
+from benchmarks.results import Results, as_record, write
+from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
+from benchmarks.suites import FLOAT32, SUITES
+from benchmarks.table import digits, mark
+from benchmarks.tables import error_table, short_table, update_table, verdict_table
+from benchmarks.timing import LEAST_ROUNDS, Spread, in_turn, spread
+from benchmarks.update import Measurement, Row, measure
+
+TINY = Shape("small", "3 tensors of 32x32", 3, 1, partial(small_tensors, 3), num_calls=3)
+WEIGHT_AVERAGE = Contender("polyak.WeightAverage", Kind.OURS, ours.weight_average)
+
+
+def test_spread_is_the_median_and_the_quartiles():
+    assert spread([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
+    assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_each_takes_its_turn_with_all_its_calls():
+    called = []
+    turns = in_turn({name: partial(called.append, name) for name in "ab"}, 4, num_calls=3)
+    assert {len(turn.first) for turn in turns.values()} == {len(turn.time) for turn in turns.values()} == {4}
+    assert len(called) == 2 * 4 * 3
+    assert all(len(set(called[start : start + 3])) == 1 for start in range(0, len(called), 3))
+
+
+def test_no_round_begins_after_the_time_is_up_but_for_the_first_few():
+    assert len(in_turn({"a": lambda: None}, 100, seconds=0.0)["a"].time) == LEAST_ROUNDS
+
+
+def test_three_digits_and_marks():
+    assert [digits(value) for value in (0.0, 0.08349, 2.5, 20.34, 443.4, 12345.0)] == [
+        "0",
+        "0.0835",
+        "2.50",
+        "20.3",
+        "443",
+        "12345",
+    ]
+    assert (mark(True), mark(False)) == ("pass", "short")
+
+
+# Ratios and marks.
+
+
+def row(name, kind, time):
+    return Row(Contender(name, kind, lambda model: None), Spread(2 * time, time, time), Spread(time, time, time), 0.1)
+
+
+def measurement(**times):
+    kinds = {"ours": Kind.OURS, "peer": Kind.PEER, "slow_peer": Kind.PEER, "seed": Kind.SEED, "limit": Kind.LIMIT}
+    names = {"ours": "polyak.WeightAverage"}
+    rows = [row(names.get(name, name), kinds[name], time) for name, time in times.items()]
+    return Measurement(FLOAT32, TINY, "cpu", 3072, 1, rows, ["a large one"])
+
+
+def test_verdicts_compare_with_the_fastest_peer_the_seed_and_the_limit():
+    found = verdicts([measurement(ours=0.2, peer=5.0, slow_peer=8.0, seed=15.0, limit=0.1)])
+    assert {(verdict.what, verdict.value, verdict.reached, verdict.beside) for verdict in found} == {
+        ("times as fast as the fastest peer", 25.0, True, "peer"),
+        ("times as fast as the seed's formula", 75.0, False, ""),
+        ("microseconds of update() in all", 200.0, True, ""),
+    }
+    cells = [cell for line in verdict_table(found).rows for cell in line]
+    assert cells.count("pass") == 2
+    assert cells.count("short") == 1
+
+
+def test_no_verdict_where_somebody_is_missing():
+    assert [verdict.what for verdict in verdicts([measurement(ours=0.2)])] == ["microseconds of update() in all"]
+
+
+def test_update_table_has_ratios_to_limit_and_peer_and_says_who_was_left_out():
+    table = update_table(measurement(ours=0.2, peer=5.0, limit=0.1))
+    assert list(table.columns) == [
+        "contender",
+        "median ms",
+        "quartiles",
+        "first of a turn",
+        "of the limit",
+        "of the fastest peer",
+        "roundings",
+    ]
+    assert list(table.rows[1]) == ["polyak.WeightAverage", "0.200", "0.200 .. 0.200", "0.400", "2.00", "0.04", "0.1"]
+    assert "a large one" in table.note
+    assert "of the limit" not in update_table(measurement(ours=0.2)).columns
+
+
+def test_short_table_is_made_from_what_was_written():
+    written = json.loads(json.dumps([as_record(measurement(ours=0.2, limit=0.1))]))
+    table = short_table(written)
+    assert table.rows[0][:2] == ("3 tensors of 32x32", "0.200")
+    assert table.rows[0][-1] == "0.100"
+    assert table.rows_in_markdown().endswith("| 0.100 |")
+
+
+def test_every_bound_is_about_something_that_is_timed():
+    shapes = {shape.name: shape for shape in SHAPES}
+    for device, bounds in (("cpu", CPU_BOUNDS), ("cuda", GPU_BOUNDS)):
+        for bound in bounds:
+            assert (bound.least is None) != (bound.most is None)
+            contenders = bound.suite.all_contenders(torch.device(device))
+            rows = [row(contender.name, contender.kind, 1.0) for contender in contenders]
+            for name in bound.shapes:
+                assert name in bound.suite.shapes
+                assert device == "cuda" or not shapes[name].on_gpu_only
+                timed = Measurement(bound.suite, shapes[name], device, 1, 1, rows, [])
+                assert bound.value(timed) in (1.0, 100.0, 1000.0)
+
+
+def test_names_are_unique():
+    assert len({suite.name for suite in SUITES}) == len(SUITES)
+    for suite in SUITES:
+        names = [contender.name for contender in suite.all_contenders(torch.device("cpu"))]
+        assert len(set(names)) == len(names)
+
+
+# Whoever is timed has averaged.
+
+
+def run_and_check(build, *, dtype=torch.float32, shape=TINY, updates=20):
+    contender = Contender("it", Kind.PEER, build)
+    model = shape.model(dtype=dtype)
+    running = build(model)
+    running.update()
+    move(running.pairs())
+    for _ in range(updates):
+        running.update()
+    return check(contender, running.pairs(), updates, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def loop(step, *, dtype=None):
+    """A contender that calls `step(average, source)` for each pair."""
+
+    def build(model):
+        averages = {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in model.state_dict().items()}
+
+        @torch.no_grad()
+        def update():
+            for name, source in model.state_dict().items():
+                step(averages[name], source)
+
+        return Running(update, lambda: pairs_by_name(averages, model))
+
+    return build
+
+
+def lerp(average, source, weight=1 - DECAY):
+    average.lerp_(source.to(average.dtype), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_check_accepts_the_formula(dtype):
+    assert run_and_check(loop(lerp, dtype=torch.float32), dtype=dtype) < 1
+
+
+@pytest.mark.parametrize(
+    "step",
+    [lambda average, source: None, lambda average, source: average.copy_(source), partial(lerp, weight=1e-3)],
+    ids=["nothing", "copy", "another decay"],
+)
+def test_check_refuses_another_formula(step):
+    with pytest.raises(RuntimeError, match="is off by"):
+        run_and_check(loop(step))
+
+
+def test_check_refuses_who_left_tensors_out():
+    def build(model):
+        running = loop(lerp)(model)
+        return Running(running.update, lambda: running.pairs()[:-1])
+
+    with pytest.raises(RuntimeError, match="averages 2048 of 3072 elements"):
+        run_and_check(build)
+
+
+def test_check_refuses_averages_in_bfloat16_that_are_rounded_to_nearest():
+    with pytest.raises(RuntimeError, match="standard errors in the mean"):
+        run_and_check(loop(lerp), dtype=torch.bfloat16)
+
+
+def test_check_accepts_stochastic_rounding():
+    generator = torch.Generator().manual_seed(0)
+
+    def step(average, source):
+        exact = average.float().lerp(source.float(), 1 - DECAY)
+        noise = torch.randint(1 << 16, exact.shape, generator=generator, dtype=torch.int32)
+        average.copy_(((exact.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32))
+
+    run_and_check(loop(step), dtype=torch.bfloat16)
+
+
+def test_to_move_a_model_is_exact_in_bfloat16():
+    model = TINY.model(dtype=torch.bfloat16)
+    before = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    move(Pair(tensor, tensor) for tensor in model.state_dict().values())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.double(), before[name] + 1)
+
+
+def test_a_tied_tensor_counts_as_often_as_a_loop_over_names_averages_it():
+    model = nn.ModuleDict({"one": nn.Linear(2, 2, bias=False), "two": nn.Linear(2, 2, bias=False)})
+    model["two"].weight = model["one"].weight
+    averages = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert [pair.times for pair in pairs_by_every_name(averages, model)] == [2]
+    assert [pair.times for pair in pairs_by_name(averages, model)] == [1]
+
+
+@pytest.mark.parametrize("name", FLAT_FORMS)
+def test_flat_limits_average(name):
+    run_and_check(FLAT_FORMS[name])
+    if name != "flat lerp_":  # which takes one dtype
+        run_and_check(FLAT_FORMS[name], dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("build", [copy_of, lerp_of])
+def test_limits_that_only_move_bytes_have_nothing_to_check(build):
+    contender = Contender("bytes", Kind.LIMIT, partial(build, bytes_per_parameter=12))
+    assert [row.error for row in measure(FLOAT32, TINY, contenders=[contender]).rows] == [None]
+
+
+@pytest.mark.parametrize("build", [ours.weight_average, ours.model_ema, ours.compensated, ours.stochastic])
+def test_every_mode_averages(build):
+    run_and_check(build, dtype=torch.bfloat16 if build is ours.stochastic else torch.float32)
+
+
+@pytest.mark.parametrize("build", [ours.together, ours.separately])
+def test_several_profiles_are_checked_with_their_own_decays(build):
+    run_and_check(partial(build, count=3))
+
+
+def test_one_turn_of_a_small_contender():
+    seed = Contender("the seed's formula", Kind.SEED, peers.seed_formula)
+    measured = measure(FLOAT32, TINY, rounds=1, contenders=[WEIGHT_AVERAGE, seed])
+    assert [row.contender for row in measured.rows] == [WEIGHT_AVERAGE, seed]
+    assert measured.parameters == 3072
+    assert all(row.time.median > 0 for row in measured.rows)
+
+
+def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
+    monkeypatch.setattr("benchmarks.update.free_bytes", lambda device: 3072)
+    names = ["one", "two", "three"]
+    contenders = [Contender(name, Kind.OURS, ours.weight_average) for name in names]
+    assert measure(FLOAT32, TINY, contenders=contenders).left_out == ["three"]
+
+
+def test_the_account_is_complete():
+    found = account.measure(3)
+    assert list(found.parts) == ["check that the source is the same", "clock and growth", "kernel"]
+    assert sum(found.parts.values()) + found.rest == pytest.approx(found.whole)
+
+
+# Errors against float64.
+
+
+def test_compare_gives_relative_error_and_bias():
+    exact = torch.ones(4, dtype=torch.float64)
+    error = compare("it", 0.9, exact + torch.tensor([0.1, -0.1, 0.1, -0.1], dtype=torch.float64), exact)
+    assert error.relative == pytest.approx(0.1)
+    assert error.standard_errors == pytest.approx(0, abs=1e-9)
+    biased = compare("it", 0.9, exact + torch.tensor([0.1, 0.3, 0.1, 0.3], dtype=torch.float64), exact)
+    assert biased.standard_errors == pytest.approx(0.2 / (math.sqrt(0.04 / 3) / 2))
+
+
+def test_error_bounds_are_of_rows_and_decays_that_exist():
+    names = {follower.name for follower in FOLLOWERS}
+    assert {PLAIN, COMPENSATED, STOCHASTIC} <= names
+    assert {bound.decay for bound in BOUNDS} <= {*DECAYS, NOISY_DECAY}
+
+
+@pytest.mark.parametrize(("error", "reached"), [(1e-5, True), (2e-5, False)])
+def test_error_verdicts(error, reached):
+    run = ErrorRun("a run", 10, [Error(PLAIN, 0.9999, error, 0.0)])
+    assert [verdict.reached for verdict in error_verdicts([run])] == [reached]
+
+
+def test_training_run_in_float64_has_no_error_and_in_bfloat16_does_not_move():
+    rows = [row for row in FOLLOWERS if row.name in ("polyak, float64", PLAIN, "nearest bfloat16")]
+    run = training_run(30, rows)
+    assert run.of("polyak, float64", 0.999).relative < 1e-14
+    assert 1e-10 < run.of(PLAIN, 0.999).relative < 1e-5
+    assert run.of("nearest bfloat16", 0.999).relative > 1e-3
+    assert "decay 0.999" in error_table(run).columns
+
+
+def test_a_follower_that_does_nothing_is_seen():
+    still = FollowerRow("still", lambda model, decays: FOLLOWERS[2].build(model, decays))
+    moving = training_run(30, [still]).of("still", 0.999).relative
+    asleep = FollowerRow("asleep", lambda model, decays: asleep_follower(model, decays))
+    assert training_run(30, [asleep]).of("asleep", 0.999).relative > 1000 * moving
+
+
+def asleep_follower(model, decays):
+    follower = FOLLOWERS[2].build(model, decays)
+    return type(follower)(lambda: None, follower.averages)
+
+
+# Files.
+
+
+def test_results_are_written_as_json_and_markdown(tmp_path):
+    results = Results({"threads": "2", "processor": "one", "torch": "2"})
+    results.measurements = [measurement(ours=0.2, peer=5.0, seed=15.0, limit=0.1)]
+    results.verdicts = verdicts(results.measurements)
+    results.tables = [update_table(results.measurements[0]), verdict_table(results.verdicts)]
+    paths = write(results, tmp_path / "results")
+    assert [path.name for path in paths] == ["cpu-2-threads.json", "cpu-2-threads.md"]
+    assert '"polyak.WeightAverage"' in paths[0].read_text()
+    assert "| polyak.WeightAverage | 0.200 |" in paths[1].read_text()
+
+
+def test_a_model_of_one_tensor():
+    assert [tensor.numel() for tensor in one_tensor(7).state_dict().values()] == [7]
