@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from polyak.kernels import native
@@ -34,4 +35,6 @@ class Copies:
         """Makes all of them."""
         if self._in_c is not None:
             self._in_c()
-        copy_(self._targets, self._sources)
+        if self._targets:
+            with torch.no_grad():
+                copy_(self._targets, self._sources)

@@ -45,6 +45,7 @@ class Foreach:
     def __init__(self, rows: Sequence[Row]) -> None:
         self._sources, *self._columns = map(list, zip(*(row.tensors for row in rows), strict=True))
 
+    @torch.no_grad()
     def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         for column, weight in zip(self._columns, weights, strict=True):
@@ -70,6 +71,7 @@ class Staged:
         self._scratch = [scratch] if self._mode == "plain" else [scratch, torch.empty_like(scratch)]
         self._rows = rows
 
+    @torch.no_grad()
     def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         for batch in self._batches:

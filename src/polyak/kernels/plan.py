@@ -65,6 +65,7 @@ class Plan:
     def __init__(self, rows: Sequence[Row], *, kernels: Sequence[str] | None = None, seed: int = 0) -> None:
         self.rows = tuple(rows)
         self._seed = seed
+        self._is_stochastic = any(row.mode == "stochastic" for row in self.rows)
         allowed = _allowed(kernels)
         grouped: dict[tuple[str, str, torch.device, tuple[Mode, torch.dtype, torch.dtype] | None], list[Row]] = {}
         for row in self.rows:
@@ -77,7 +78,6 @@ class Plan:
             KERNELS[group.kernel]([real for row in group.rows for real in real_rows(row)]) for group in self.groups
         ]
 
-    @torch.no_grad()
     def run(self, weights: Sequence[float], number: int = 0) -> None:
         """Updates every average.
 
@@ -85,7 +85,7 @@ class Plan:
             weights: one for each of a row's averages.
             number: of this update, from which random bits are drawn.
         """
-        step = step_key(self._seed, number)
+        step = step_key(self._seed, number) if self._is_stochastic else 0
         for kernel in self._kernels:
             kernel.run(weights, step)
 

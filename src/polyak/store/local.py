@@ -144,9 +144,8 @@ class LocalStore:
             self.guard.run(look=step.look)
         else:
             pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
-            with torch.no_grad():
-                self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
-                self._copies.run()
+            self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
+            self._copies.run()
             self.pending = dict.fromkeys(pending, 0.0)
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
