@@ -43,18 +43,19 @@ def compensated(average, second, source, weight):
     if average.is_complex():
         pairs = compensated(torch.view_as_real(average), second, torch.view_as_real(source), weight)
         return torch.view_as_complex(pairs[0]), pairs[1]
-    update = torch.lerp(second * last_bits(average).float() * 2.0**-16, source - average, weight)
+    update = torch.lerp((second * last_bits(average) * 2.0**-16).float(), source - average, weight)
     new = average + update
     left = ((average - new) + update).double()
-    units = torch.where(last_bits(new) > 0, left / last_bits(new) * 2.0**16, 0.0)
+    # Of the very largest numbers nothing is kept, and the smallest are exact.
+    is_kept = (new.abs() < 2.0**127) & (new.abs() >= 2.0**-126)
+    units = torch.where(is_kept, left / last_bits(new) * 2.0**16, torch.where(new.isfinite(), 0.0, -32768.0))
     return new, units.round().clamp(-32768, 32767).to(torch.int16)
 
 
 def last_bits(numbers):
-    """The worth of the last bit of each float32; 0 for tiny numbers and what is none."""
+    """The worth of the last bit of each float32; 0 for the very smallest."""
     exponents = torch.frexp(numbers.abs()).exponent.double()
-    usable = numbers.isfinite() & (numbers.abs() >= 2.0**-87)
-    return torch.where(usable, 2.0 ** (exponents - 24), 0.0)
+    return torch.where(numbers.abs() >= 2.0**-110, 2.0 ** (exponents - 24), 0.0)
 
 
 def mix64(z):

@@ -3,7 +3,7 @@
     number = second * 2 ** -16 * (the worth of the last bit of first)
 
 A sum leaves at most half of its last bit, so 16 bits for that are 2 ** -17 of it at worst, while as many in the form of
-bfloat16 are 2 ** -10. Numbers below 2 ** -87, infinities and NaNs have none.
+bfloat16 are 2 ** -10. Infinities, NaNs and the very largest and smallest numbers have none.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 DTYPE = torch.int16
-_SMALLEST = 40  # the exponent, as float32 stores it, from which on the scales below are normal numbers
-_NOT_FINITE = 255
+_LOWEST, _HIGHEST = -(2.0**-24), 32767 * 2.0**-39
 
 
 def from_fractions(second: Tensor, first: Tensor) -> Tensor:
@@ -23,23 +22,18 @@ def from_fractions(second: Tensor, first: Tensor) -> Tensor:
         >>> from_fractions(torch.tensor([1 << 14], dtype=torch.int16), torch.tensor([1.0])).item() == 2.0**-25
         True
     """
-    exponent = _exponent(first)
-    scale = torch.where(_is_usable(exponent), exponent - 39, 0).bitwise_left_shift_(23).view(torch.float32)
-    return second.to(torch.float32).mul_(scale)
+    return _power_below(first).mul_(2.0**-39).mul_(second.to(torch.float32))
 
 
 def to_fractions(number: Tensor, first: Tensor) -> Tensor:
     """The second term of a sum whose first term is given, rounded to nearest, ties to even."""
-    exponent = _exponent(first)
-    usable = _is_usable(exponent)
-    scale = torch.where(usable, 293 - exponent, 0).bitwise_left_shift_(23).view(torch.float32)
-    units = (number * scale).clamp_(-32768.0, 32767.0).masked_fill_(usable.logical_not_(), 0.0)
-    return units.round_().to(DTYPE)
+    # The bits of 2 ** 127 less those of a power of two are those of its inverse.
+    inverse = (0x7F000000 - _power_below(first).view(torch.int32)).view(torch.float32)
+    part = number * inverse
+    part = torch.where(part > _LOWEST, part, _LOWEST).clamp_(max=_HIGHEST)
+    return part.mul_(2.0**39).round_().to(DTYPE)
 
 
-def _exponent(number: Tensor) -> Tensor:
-    return number.view(torch.int32).bitwise_right_shift(23).bitwise_and_(0xFF)
-
-
-def _is_usable(exponent: Tensor) -> Tensor:
-    return (exponent >= _SMALLEST).logical_and_(exponent < _NOT_FINITE)
+def _power_below(number: Tensor) -> Tensor:
+    """The power of two of a float32: its exponent's bits alone."""
+    return number.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)

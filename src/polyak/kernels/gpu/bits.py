@@ -44,30 +44,22 @@ def _exponent_field(x):
 
 
 @triton.jit
-def _is_usable(field):
-    """Whether a number has a second term: from 2 ** -87 on, and finite."""
-    return (field >= 40 << 23) & (field < 255 << 23)
-
-
-@triton.jit
 def from_fractions(second, first):
     """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `fractions`."""
-    field = _exponent_field(first)
-    scale = tl.where(_is_usable(field), field - (39 << 23), 0).to(tl.float32, bitcast=True)
-    return second.to(tl.float32) * scale
+    power = _exponent_field(first).to(tl.float32, bitcast=True)
+    return second.to(tl.float32) * (power * 1.8189894035458565e-12)
 
 
 @triton.jit
 def to_fractions(number, first):
     """The second term of a sum whose first term is given, as int16, rounded to nearest, ties to even."""
-    field = _exponent_field(first)
-    usable = _is_usable(field)
-    # 293 << 23, which does not fit, less the field, which brings it back.
-    scale = tl.where(usable, -0x6D800000 - field, 0).to(tl.float32, bitcast=True)
-    units = tl.minimum(tl.maximum(number * scale, -32768.0), 32767.0)
+    # The bits of 2 ** 127 less those of a power of two are those of its inverse.
+    part = number * (0x7F000000 - _exponent_field(first)).to(tl.float32, bitcast=True)
+    # From -2 ** -24 to 32767 * 2 ** -39; a NaN is the lowest.
+    part = tl.where(part > -5.9604644775390625e-08, part, -5.9604644775390625e-08)
+    part = tl.where(part < 5.960282578598708e-08, part, 5.960282578598708e-08)
     # Beside 1.5 * 2 ** 23 there is no room for a fraction, and the lowest 16 bits are those of the whole number.
-    whole = (units + 12582912.0).to(tl.int32, bitcast=True)
-    return tl.where(usable, whole, 0).to(tl.int16)
+    return (part * 549755813888.0 + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit

@@ -77,23 +77,20 @@ INLINE float lerp(float average, float source, float weight)
     return weight < 0.5f ? fmaf(weight, difference, average) : fmaf(-difference, 1.0f - weight, source);
 }
 
-/* Compensated; see fractions.py. Added to 3 * 2 ** 22, a number is rounded to a whole one, whose lower bits it has. */
-
-INLINE int is_usable(uint32_t exponent) { return exponent - 40u < 215u; }
+/* Compensated; see fractions.py. The bits of an exponent alone are a power of two, and less than those of 2 ** 127 its
+ * inverse. Beside 3 * 2 ** 22 there is no room for a fraction, and the lowest bits are those of a whole number. */
 
 INLINE float from_fraction(int16_t second, float first)
 {
-    const uint32_t exponent = (bits_of(first) >> 23) & 0xFFu;
-    return (float)second * float_of(is_usable(exponent) ? (exponent - 39u) << 23 : 0u);
+    return (float)second * (float_of(bits_of(first) & 0x7F800000u) * 0x1p-39f);
 }
 
 INLINE int16_t to_fraction(float number, float first)
 {
-    const uint32_t exponent = (bits_of(first) >> 23) & 0xFFu;
-    float units = number * float_of(is_usable(exponent) ? (293u - exponent) << 23 : 0u);
-    units = units < -32768.0f ? -32768.0f : units;
-    units = units > 32767.0f ? 32767.0f : units;
-    return (int16_t)bits_of((is_usable(exponent) ? units : 0.0f) + 12582912.0f);
+    float part = number * float_of(0x7F000000u - (bits_of(first) & 0x7F800000u));
+    part = part > -0x1p-24f ? part : -0x1p-24f;
+    part = part < 0x1.fffcp-25f ? part : 0x1.fffcp-25f;
+    return (int16_t)bits_of(part * 0x1p39f + 0x1.8p23f);
 }
 
 #define DEFINE_COMPENSATED(NAME, SOURCE, LOAD)                                                                         \
