@@ -1,6 +1,7 @@
 """Averages whose updates the device decides about, with the kernel in Triton's interpreter; run by `test_triton`."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from polyak import core as core_room
 # The interpreter computes with NumPy, which warns of infinities and NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
+# In Triton's interpreter tensors are on the CPU; `test_gpu_cases` runs the same on a GPU.
+DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
 RULES = {torch.nn.BatchNorm2d: "copy"}
 
@@ -24,7 +27,7 @@ def triton_for_all(monkeypatch):
 def pair(profile, *, host_options=None, **options):
     """A model with an average that the device decides about, and a twin whose average the host decides about."""
     torch.manual_seed(0)
-    model = zoo.batchnorm()
+    model = zoo.batchnorm().to(DEVICE)
     twin = copy.deepcopy(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLYAK_KERNELS", "staged")

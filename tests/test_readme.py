@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -17,6 +19,17 @@ def test_the_examples_run(tmp_path, monkeypatch):
     assert (tmp_path / "model-ema.safetensors").exists()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_the_examples_of_the_documentation_run(path, capsys):
+    examples = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    assert examples
+    for example in examples:
+        exec(compile(example, path.name, "exec"), {})
+        printed = capsys.readouterr().out
+        for promised in re.findall(r"#.* (\d+) and (\d+)$", example, re.MULTILINE):
+            assert " ".join(promised) in printed
+
+
 def test_each_test_that_it_names_exists():
     named = re.findall(r"`(test_\w+)`", README)
     assert len(named) >= 10
@@ -25,9 +38,12 @@ def test_each_test_that_it_names_exists():
         assert f"def {name}(" in defined, name
 
 
-def test_its_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_its_links_lead_somewhere(path):
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), target
 
 
 def test_its_commands_are_targets_of_the_makefile():

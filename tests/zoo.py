@@ -75,7 +75,7 @@ def drift(model, generator=None):
         seen.add(id(tensor))
         if tensor.is_floating_point() or tensor.is_complex():
             noise = torch.randn(tensor.shape, dtype=_noise_dtype(tensor), generator=generator)
-            tensor.add_(noise.to(tensor.dtype), alpha=0.1)
+            tensor.add_(noise.to(tensor), alpha=0.1)
         elif tensor.dtype != torch.bool and tensor.dim() == 0:
             tensor.add_(1)
 
