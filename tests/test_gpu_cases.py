@@ -1,4 +1,4 @@
-"""Averages whose updates a GPU decides about: the cases that the interpreter runs elsewhere, and a captured training step."""
+"""Averages whose updates a GPU decides about: the cases that the interpreter runs elsewhere, and a captured step."""
 
 import copy
 import importlib.util
