@@ -677,3 +677,70 @@ def test_updates_in_a_thread_beside_evaluations_of_a_copy():
         copied(torch.ones(1, 6))
     thread.join()
     assert average.num_updates == 50
+
+
+@pytest.mark.protects
+class TestWatch:
+    """What the check of every update sees."""
+
+    def test_a_parameter_in_a_module_that_had_none(self):
+        model = zoo.mlp()
+        average = polyak.WeightAverage(model)
+        average.update()
+        model.scale = nn.Parameter(torch.ones(1))
+        with pytest.raises(polyak.MismatchError, match=r"Only the model: 'scale'"):
+            average.update()
+
+    def test_another_parameter_in_the_same_memory(self):
+        model = zoo.mlp()
+        average = polyak.WeightAverage(model)
+        average.update()
+        model[0].weight = nn.Parameter(model[0].weight.data)
+        zoo.drift(model)
+        average.update()
+        optimizer = torch.optim.SGD([model[0].weight], lr=0.1)
+        model[0].weight.grad = torch.ones_like(model[0].weight)
+        with average.swapped(), pytest.raises(polyak.StateError, match=r"it would train the average"):
+            optimizer.step()
+
+    def test_a_buffer_that_is_replaced_beside_a_sparse_one(self):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.ones(2))
+        model.register_buffer("graph", torch.eye(2).to_sparse())
+        model.register_buffer("running", torch.zeros(2))
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        average.update()
+        model.running = torch.full((2,), 4.0)
+        average.update()
+        assert average.weights()["running"].tolist() == [2.0, 2.0]
+
+    def test_a_buffer_that_gives_way_to_one_without_an_address(self):
+        model = nn.Module()
+        model.weight = nn.Parameter(torch.ones(2))
+        model.register_buffer("running", torch.zeros(2, 2))
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        average.update()
+        model.running = torch.eye(2).to_sparse()
+        with pytest.raises(polyak.MismatchError, match=r"'running' of the model is a Tensor of layout torch.sparse_coo"):
+            average.update()
+
+    def test_what_is_looked_at_for_nans_follows_the_model(self):
+        model = zoo.mlp()
+        average = polyak.WeightAverage(model, nonfinite="raise")
+        average.update()
+        model[0].weight = nn.Parameter(torch.full_like(model[0].weight, float("nan")))
+        with pytest.raises(polyak.StateError, match=r"holds NaNs or infinities in '0.weight'"):
+            average.update()
+
+
+@pytest.mark.protects
+def test_a_graph_that_used_a_live_module_notices():
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    teacher = average.live_module()
+    zoo.drift(model)
+    inputs = torch.randn(4, 6, requires_grad=True)
+    loss = teacher(inputs).square().mean()
+    average.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -209,6 +209,16 @@ def test_exchange(dtype, elements, monkeypatch):
     assert zoo.bit_equal(other, before_one)
 
 
+@pytest.mark.protects
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_exchange_of_a_conjugate_view(dtype):
+    one, other = random(dtype, 5, 3).conj(), random(dtype, 5, 3) + 1
+    shown, before = one.resolve_conj().clone(), other.clone()
+    Journal(exchange([one], [other])).run()
+    assert torch.equal(one.resolve_conj(), before)
+    assert torch.equal(other, shown)
+
+
 @pytest.mark.parametrize(
     ("tensor", "dense"),
     [

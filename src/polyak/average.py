@@ -58,9 +58,9 @@ class WeightAverage:
         seed: of stochastic rounding. The same seed, updates and names give the same bits.
         device: where the averages are. Default: where the source is.
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
-            "raise" raises; "skip" leaves the update out, exactly as if it had not been due; both read the weights once
-            more, which makes an update half as long again, and several times as long for many small tensors. So
-            "propagate", which takes the weights as they are, is the default.
+            "raise" raises, on a GPU at the next call; "skip" leaves the update out, exactly as if it had not been due.
+            Both read the weights once more, which makes an update a third to half as long again, so that "propagate",
+            which takes the weights as they are, is the default.
 
     Raises:
         StateError: there is nothing to average, or a tensor that cannot be averaged.
@@ -116,7 +116,7 @@ class WeightAverage:
     @property
     def num_updates(self) -> int:
         """How many updates were made."""
-        self._core.settle()
+        self._core.catch_up()
         return self._core.clock.num_updates
 
     @property
@@ -253,7 +253,6 @@ class WeightAverage:
         core = self._core
         check_not_standing(core.source.bare, "reset()")
         core.verify()
-        core.store.decide_on_host(dict.fromkeys(core.profiles, 0.0))
         core.store.begin()
         core.clock = Clock(every=core.clock.every, start=core.clock.start)
         core.begin()
@@ -272,6 +271,7 @@ class WeightAverage:
             raise StateError(
                 "adapt() while a live module shares the average's tensors: drop it first, ask for it after"
             )
+        core.catch_up()
         core.source = core.source.again()
         core.store = core.store.again(core.source.entries)
         core.begin()

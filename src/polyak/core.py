@@ -32,7 +32,7 @@ class Core:
         store: where the averages are.
         live: modules whose tensors are the store's own, each with a watch that they still are.
         swapped: the name of the average that stands in the source.
-        guard: the hook that keeps optimizers from training it there.
+        training_hook: the hook that keeps optimizers from training it there.
         warned: whether it was said that there was no update yet.
         nonfinite: what to do with a source that holds a NaN or an infinity.
         attachment: what calls the updates, where somebody attached an optimizer.
@@ -48,7 +48,7 @@ class Core:
         default_factory=weakref.WeakKeyDictionary[nn.Module, Watch]
     )
     swapped: str | None = None
-    guard: RemovableHandle | None = None
+    training_hook: RemovableHandle | None = None
     warned: bool = False
     nonfinite: NonFinite = "propagate"
     attachment: Attachment | None = None
@@ -68,7 +68,7 @@ class Core:
     def __getstate__(self) -> dict[str, Any]:
         if self.swapped is not None:
             raise StateError("an average cannot be pickled or copied inside of swapped(): leave the swap first")
-        self.settle()
+        self.catch_up()
         # A copy has no live modules and attached optimizers until it gets its own.
         return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}
 
@@ -89,7 +89,7 @@ class Core:
         """One call of the clock, and an update where one is due and the source is fit for it."""
         look = self.nonfinite != "propagate"
         if is_capturing():
-            self._record(at, look=look)
+            self._capture(at, look=look)
             return
         clock = self.clock.tick(at)
         if clock.num_updates > self.clock.num_updates:
@@ -104,7 +104,7 @@ class Core:
             self.store.submit(Step(growth, clock.num_updates, look))
         self.clock = clock
 
-    def _record(self, at: float | None, *, look: bool) -> None:
+    def _capture(self, at: float | None, *, look: bool) -> None:
         """Puts an update into the CUDA graph that is being captured; `advance` says what each replay applies."""
         if self.store.guard is None:
             raise StateError(
@@ -131,22 +131,22 @@ class Core:
             guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
         self.clock = clock
 
-    def settle(self) -> None:
+    def catch_up(self) -> None:
         """Learns how many updates the device has made, where it decides about them; waits for it."""
-        number = self.store.settle()
+        number = self.store.catch_up()
         if number is not None:
             self.clock = replace(self.clock, num_updates=number)
 
     def _raise_late(self) -> None:
         """Raises for an earlier update that the device left out, as soon as that is known without waiting for it."""
-        guard = self.store.guard
-        if self.nonfinite == "raise" and guard is not None and guard.has_new_bad():
-            raise StateError(_non_finite(guard.bad_names()))
+        names = self.store.guard.new_bad_names() if self.store.guard is not None and self.nonfinite == "raise" else []
+        if names:
+            raise StateError(_non_finite(names, when="held at an earlier update"))
 
     def _check_finite(self) -> bool:
         names = self.store.non_finite()
         if names and self.nonfinite == "raise":
-            raise StateError(_non_finite(names))
+            raise StateError(_non_finite(names, when="holds"))
         return not names
 
     def follow_source(self) -> None:
@@ -159,7 +159,7 @@ class Core:
 
     def verify(self) -> None:
         """The thorough check, for what may take its time; while an average stands in the source it waits."""
-        self.settle()
+        self.catch_up()
         if self.swapped is None:
             self.source.refresh()
             self.store.bind(self.source.entries)
@@ -181,8 +181,8 @@ class Core:
                 )
 
 
-def _non_finite(names: list[str]) -> str:
+def _non_finite(names: list[str], *, when: str) -> str:
     return (
-        f"the model holds NaNs or infinities in {listed(names)}, which would stay in the average for ever. The average "
-        "is as it was; with nonfinite='skip' such updates are left out"
+        f"the model {when} NaNs or infinities in {listed(names)}, which would stay in the average for ever. The "
+        "average is as it was; with nonfinite='skip' such updates are left out"
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polyak.checkpoints import read_dictionary
 from polyak.entries import unwrap, walk
 from polyak.errors import FileFormatError, MismatchError
-from polyak.kernels import check_average_dtype
+from polyak.kernels import check_floating_point, dead_zone
 from polyak.modules import build_module
 from polyak.names import match
 from polyak.profiles import Exponential
@@ -128,7 +128,7 @@ class ModelEma:
         averaged = {entry.name for entry in self._average.entries if entry.action == "average"}
         for site in walk(self._average.model):
             if site.name in averaged and not site.tensor.is_complex():
-                check_average_dtype(site.tensor.dtype)
+                _check_dtype(site.tensor.dtype)
         self._average.refresh()
         self._store.replace({entry.name: entry.tensor.detach() for entry in self._average.entries})
 
@@ -161,6 +161,16 @@ class ModelEma:
                 )
         average.load_state_dict(state)
         _logger.info("Loaded state_dict_ema")
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    check_floating_point(dtype)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"ema was cast to {dtype}, in which an average does not move: with nearest rounding and decay 0.9999 it "
+            f"ignores every change below {dead_zone(dtype, 0.9999):.3g} times its value. Go back by ema.float(), and "
+            "cast a copy of it for a small file"
+        )
 
 
 class _Wrapped(nn.Module):

@@ -187,6 +187,8 @@ class Source:
                 f"on {tensor.device}, and was on {entry.device}; move the model before its average is made, or "
                 "choose a device for the average, with device="
             )
+        elif entry.action == "average" and is_plain(entry.tensor) and not is_plain(tensor):
+            difference = f"a {type(tensor).__name__} of layout {tensor.layout} now, which cannot be averaged"
         else:
             return
         raise MismatchError(f"{entry.name!r} of the model is {difference}. Nothing was written")

@@ -101,7 +101,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         sources += [matched[name] for name in kept]
     with torch.no_grad():
         copy_(targets, sources)
-    core.store.decide_on_host(pending)
+    core.store.resume(pending)
     core.clock = clock
     core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.

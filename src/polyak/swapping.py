@@ -34,7 +34,7 @@ def swap_in(core: Core, name: str) -> None:
     core.warn_if_never_updated("swapped in")
     core.swapped = name
     _STANDING[core.source.bare] = name
-    core.guard = register_optimizer_step_pre_hook(_refuse_to_train({id(e.tensor) for e in core.source.entries}))
+    core.training_hook = register_optimizer_step_pre_hook(_refuse_to_train({id(e.tensor) for e in core.source.entries}))
     buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
     # A live module reads the store's tensors, which must stay averages then.
     core.store.swap_in(name, buffers=buffers, aside=len(core.live) > 0)
@@ -48,9 +48,9 @@ def swap_out(core: Core) -> list[str]:
     if core.swapped is None:
         return []
     changed = core.store.swap_out()
-    if core.guard is not None:
-        core.guard.remove()
-        core.guard = None
+    if core.training_hook is not None:
+        core.training_hook.remove()
+        core.training_hook = None
     changed += _take_back_replaced(core, core.swapped)
     _STANDING.pop(core.source.bare, None)
     core.swapped = None

@@ -5,7 +5,6 @@ from .copies import Copies as Copies
 from .eager import copy_ as copy_
 from .finite import FiniteTest as FiniteTest
 from .gpu import Control as Control
-from .gpu import ControlState as ControlState
 from .gpu import SettledCopies as SettledCopies
 from .gpu import Triton as Triton
 from .gpu import can_copy as can_copy
@@ -22,8 +21,8 @@ from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
 from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
+from .precision import HALF as HALF
 from .precision import average_dtype as average_dtype
-from .precision import check_average_dtype as check_average_dtype
 from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of

@@ -35,7 +35,11 @@ def lerp_(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source into its target."""
-    if targets:
+    if any(map(Tensor.is_conj, targets)):
+        # Grouped operations do not write to conjugate views.
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    elif targets:
         torch._foreach_copy_(targets, sources)
 
 
@@ -85,9 +89,9 @@ class Staged:
                     continue
                 if self._mode == "plain":
                     lerp_(averages[column], batch.scratch, weight)
-                elif random is None:
+                elif self._mode == "compensated":
                     self._compensated(batch, averages[column], seconds[column], weight)
-                else:
+                elif random is not None:
                     self._stochastic(batch, averages[column], weight, random)
 
     def _compensated(self, batch: Batch, averages: list[Tensor], seconds: list[Tensor], weight: float) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from polyak.kernels import native
 from polyak.kernels.eager import copy_
-from polyak.kernels.journal import Operation, begin
+from polyak.kernels.journal import Operation
 from polyak.kernels.pieces import Batch, cut, like, scratch_for
 
 _EXPONENT = 0x7F800000
@@ -44,8 +44,8 @@ def exchange_halves(sources: list[Tensor], averages: list[Tensor]) -> tuple[list
             in_c.append((source, average))
         else:
             devices.setdefault(source.device, []).append((average.view(torch.int32), source.view(torch.int16)))
-    enter: list[Operation] = [begin, native.enter_halves(in_c)] if in_c else []
-    leave: list[Operation] = [begin, native.leave_halves(in_c)] if in_c else []
+    enter: list[Operation] = [native.enter_halves(in_c)] if in_c else []
+    leave: list[Operation] = [native.leave_halves(in_c)] if in_c else []
     for device, rows in devices.items():
         words = scratch_for(rows, torch.int32, device)
         shorts = torch.empty_like(words)

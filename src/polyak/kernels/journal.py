@@ -28,7 +28,7 @@ class Journal:
 
     @property
     def started(self) -> bool:
-        """Whether anything but scratch memory may have changed, when the first operation fills the scratch."""
+        """Whether more than the first operation may have begun; that one must change nothing but scratch memory."""
         return self._num_done > 0
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
     operations: list[Operation] = []
     for (dtype, device, in_c), rows in pairs.items():
         if in_c:
-            operations += [begin, native.exchange(rows)]
+            operations += [native.exchange(rows)]
             continue
         for batch in cut(rows, scratch_for(rows, dtype, device)):
             left, right = batch.columns
@@ -63,7 +63,3 @@ def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
                 partial(copy_, right, batch.scratch),
             ]
     return operations
-
-
-def begin() -> None:
-    """Stands before an operation that changes more than scratch memory, so that a journal counts as started by then."""

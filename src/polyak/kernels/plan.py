@@ -10,15 +10,15 @@ tensor([0.2500, 0.2500])
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from polyak.errors import listed
+from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.eager import Foreach, Staged
-from polyak.kernels.gpu import Triton, is_interpreted
+from polyak.kernels.gpu import Triton
 from polyak.kernels.gpu import is_supported as is_for_triton
 from polyak.kernels.native import Native, is_supported, library
 from polyak.kernels.rounding import step_key
@@ -66,7 +66,7 @@ class Plan:
         self.rows = tuple(rows)
         self._seed = seed
         self._is_stochastic = any(row.mode == "stochastic" for row in self.rows)
-        allowed = _allowed(kernels)
+        allowed = allowed_kernels(kernels)
         grouped: dict[tuple[str, str, torch.device, tuple[Mode, torch.dtype, torch.dtype] | None], list[Row]] = {}
         for row in self.rows:
             kernel, reason = _choose(row, allowed)
@@ -90,25 +90,13 @@ class Plan:
             kernel.run(weights, step)
 
     @property
-    def on_device(self) -> Triton | None:
+    def deciding_kernel(self) -> Triton | None:
         """The kernel of all rows, where there is one that can leave it to the device whether to update."""
         only = self._kernels[0] if len(self._kernels) == 1 else None
         return only if isinstance(only, Triton) else None
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.groups))
-
-
-def _allowed(kernels: Sequence[str] | None) -> list[str]:
-    if kernels is None:
-        named = os.environ.get("POLYAK_KERNELS", "")
-        # Triton's interpreter is for those who ask for it.
-        usual = [name for name in KERNELS if name != "triton" or not is_interpreted()]
-        kernels = [name.strip() for name in named.split(",")] if named else usual
-    unknown = [name for name in kernels if name not in KERNELS]
-    if unknown:
-        raise ValueError(f"there is no kernel {listed(unknown)}; the kernels are {listed(KERNELS)}")
-    return list(kernels)
 
 
 def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:

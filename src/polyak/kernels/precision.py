@@ -6,7 +6,7 @@ import math
 
 import torch
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def average_dtype(source: torch.dtype) -> torch.dtype:
@@ -16,7 +16,7 @@ def average_dtype(source: torch.dtype) -> torch.dtype:
         >>> average_dtype(torch.bfloat16), average_dtype(torch.float64), average_dtype(torch.int64)
         (torch.float32, torch.float64, torch.int64)
     """
-    return torch.float32 if source in _HALF else source
+    return torch.float32 if source in HALF else source
 
 
 def kind_of(dtype: torch.dtype) -> str:
@@ -65,16 +65,3 @@ def dead_zone(dtype: torch.dtype, decay: float) -> float:
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r} is outside [0, 1]")
     return torch.finfo(dtype).eps / 2 / (1 - decay) if decay < 1 else math.inf
-
-
-def check_average_dtype(dtype: torch.dtype) -> None:
-    """Raises ValueError where averages of this dtype would freeze, or are none."""
-    check_floating_point(dtype)
-    if dtype in _HALF:
-        raise ValueError(
-            f"dtype={dtype}: an average in 16 bits does not move. With nearest rounding and decay 0.9999 it ignores "
-            f"every change below {dead_zone(dtype, 0.9999):.3g} times its value; use torch.float32, and give dtype= to "
-            "export() for a small file"
-        )
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype}: averages are kept in torch.float32 or torch.float64")

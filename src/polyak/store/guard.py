@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels import Control, ControlState, SettledCopies, Triton
+from polyak.kernels import Control, SettledCopies, Triton
 
 
 class Guard:
@@ -21,8 +21,9 @@ class Guard:
     Args:
         kernel: of all averages.
         copies: targets and sources, which a device can copy.
-        num_profiles: how many averages each source has.
         seed: of stochastic rounding.
+        pending: growth that no update has applied yet, one a profile.
+        number: of updates made so far.
     """
 
     def __init__(
@@ -30,48 +31,39 @@ class Guard:
         kernel: Triton,
         copies: tuple[Sequence[Tensor], Sequence[Tensor]],
         *,
-        num_profiles: int,
         seed: int,
+        pending: Sequence[float],
+        number: int,
     ) -> None:
         self._kernel = kernel
         self._copies = SettledCopies(*copies)
+        self._control = Control(len(pending), device=kernel.device, seed=seed, pending=pending, number=number)
         self._num_bad = 0
-        self.control = Control(num_profiles, device=kernel.device, seed=seed)
-        # With nothing pending this does nothing but compile the kernels, which cannot be done in a capture.
-        self._kernel.find_bad(self.control)
-        self._kernel.run_pending(self.control)
-        self._copies.run(self.control)
+        # No update is due, so this does nothing but compile the kernels, which cannot be done in a capture.
+        self.run(look=True)
         self._kernel.bad_names()
 
     def add(self, growths: Sequence[float]) -> None:
-        """Adds growth, one a profile, to what is pending."""
-        self.control.add(growths)
+        """Adds growth, one a profile, to what is pending: an update is due."""
+        self._control.add(growths)
 
     @torch.no_grad()
     def run(self, *, look: bool) -> None:
-        """Applies what is pending, unless the step is bad.
+        """Applies what is pending where an update is due, unless the step is bad.
 
         Args:
             look: for infinities and NaNs in the sources, before.
         """
         if look:
-            self._kernel.find_bad(self.control)
-        self._kernel.run_pending(self.control)
-        self._copies.run(self.control)
+            self._kernel.find_bad(self._control)
+        self._kernel.run_pending(self._control)
+        self._copies.run(self._control)
 
-    def has_new_bad(self) -> bool:
-        """Whether more steps were bad than when this was asked last, as far as it is known without waiting."""
-        known, self._num_bad = self._num_bad, self.control.num_skipped()
-        return self._num_bad > known
+    def new_bad_names(self) -> list[str]:
+        """The names of sources that were bad in steps that became known, without waiting, since this was asked last."""
+        known, self._num_bad = self._num_bad, self._control.num_skipped()
+        return self._kernel.bad_names() if self._num_bad > known else []
 
-    def bad_names(self) -> list[str]:
-        """The names of sources that were found bad since this was asked last; waits for the device."""
-        return self._kernel.bad_names()
-
-    def read(self) -> ControlState:
-        """What is pending, and how many updates were made and skipped; waits for the device."""
-        return self.control.read()
-
-    def write(self, pending: Sequence[float], number: int) -> None:
-        """Takes up another state; waits for the device."""
-        self.control.write(ControlState(tuple(pending), number, 0))
+    def read(self) -> tuple[list[float], int]:
+        """What is pending, one a profile, and how many updates were made; waits for the device."""
+        return self._control.read()

@@ -61,15 +61,14 @@ class LocalStore:
                 for profile, averages in self.averages.items()
             }
         self.copies: dict[str, Tensor] = {}
-        self.pending = dict.fromkeys(self.averages, 0.0)
         self.swap: Swap | None = None
         self.bind(entries)
         self.begin()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.settle()
+        self.catch_up()
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "guard", "_copied", "_copies", "_written", "_finite_test", "_entries"}
+        derived = {"plan", "guard", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,12 +118,12 @@ class LocalStore:
 
     def _plan_updates(self) -> None:
         self.plan = Plan([self._row(name) for name in self.names], seed=self.modes.seed)
-        self._copied = list(self.copies.values()), [self._sources[name] for name in self.copies]
-        self._copies = Copies(*self._copied)
+        self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
+        self._copying = Copies(*self._copy_pairs)
         self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
         self._written += self.copies.values()
         self._finite_test: FiniteTest | None = None
-        self.settle()
+        self.catch_up()
         self.guard = None
 
     def _row(self, name: str) -> Row:
@@ -134,7 +133,13 @@ class LocalStore:
 
     def begin(self) -> None:
         """Takes the sources as the averages, with nothing pending."""
+        self.resume(dict.fromkeys(self.averages, 0.0))
         self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+
+    def resume(self, pending: Mapping[str, float]) -> None:
+        """Takes up other growth that is pending; the host decides until `decide_on_device` is called again."""
+        self.pending = dict(pending)
+        self.guard = None
 
     def submit(self, step: Step) -> None:
         """Applies the growth of a step, and what was pending, to every average."""
@@ -145,7 +150,7 @@ class LocalStore:
         else:
             pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
             self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
-            self._copies.run()
+            self._copying.run()
             self.pending = dict.fromkeys(pending, 0.0)
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
@@ -157,24 +162,19 @@ class LocalStore:
         Args:
             number: of updates made so far.
         """
-        kernel = self.plan.on_device
-        if self.guard is None and kernel is not None and all(map(can_copy, *self._copied)):
-            self.guard = Guard(kernel, self._copied, num_profiles=len(self.averages), seed=self.modes.seed)
-            self.guard.write(tuple(self.pending.values()), number)
+        kernel = self.plan.deciding_kernel
+        if self.guard is None and kernel is not None and all(map(can_copy, *self._copy_pairs)):
+            pending = list(self.pending.values())
+            self.guard = Guard(kernel, self._copy_pairs, seed=self.modes.seed, pending=pending, number=number)
         return self.guard
 
-    def settle(self) -> int | None:
+    def catch_up(self) -> int | None:
         """Learns from the device what is pending, and returns how many updates it made; waits for it."""
         if self.guard is None:
             return None
-        state = self.guard.read()
-        self.pending = dict(zip(self.averages, state.pending, strict=True))
-        return state.number
-
-    def decide_on_host(self, pending: Mapping[str, float]) -> None:
-        """Takes up other growth that is pending; the host decides until `decide_on_device` is called again."""
-        self.pending = dict(pending)
-        self.guard = None
+        pending, number = self.guard.read()
+        self.pending = dict(zip(self.averages, pending, strict=True))
+        return number
 
     def non_finite(self) -> list[str]:
         """The names of averaged entries whose source holds a NaN or an infinity."""

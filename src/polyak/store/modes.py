@@ -7,9 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyak.kernels import average_dtype, check_floating_point, dead_zone, tensor_key
-
-_HALF = (torch.float16, torch.bfloat16)
+from polyak.kernels import HALF, average_dtype, check_floating_point, dead_zone, tensor_key
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Modes:
         if self.dtype is None:
             return
         check_floating_point(self.dtype)
-        if self.dtype not in (*_HALF, torch.float32, torch.float64):
+        if self.dtype not in (*HALF, torch.float32, torch.float64):
             raise ValueError(
                 f"dtype={self.dtype}: averages are kept in torch.float64, torch.float32, torch.bfloat16, torch.float16"
             )
@@ -42,10 +40,12 @@ class Modes:
             why = (
                 "rounds stochastically, and a second term would take the memory of torch.float32 for less than its "
                 "precision"
-                if self.dtype in _HALF
+                if self.dtype in HALF
                 else f"has no need of it: its dead zone at decay 0.9999 is {dead_zone(self.dtype, 0.9999):.2g}"
             )
-            raise ValueError(f"compensated=True, dtype={self.dtype}: an average in {self.dtype} {why}")
+            raise ValueError(
+                f"compensated=True, dtype={self.dtype}: leave one of them out; an average in {self.dtype} {why}"
+            )
 
     def average_of(self, source: Tensor, device: torch.device | None) -> Tensor:
         """Memory for the average of a source, in its layout."""
@@ -63,9 +63,9 @@ class Modes:
 
     def key_of(self, name: str, average: Tensor) -> int | None:
         """What the random bits of an average depend on, None for one that is rounded to nearest."""
-        return tensor_key(name) if self.is_stochastic and average.dtype in _HALF else None
+        return tensor_key(name) if self.is_stochastic and average.dtype in HALF else None
 
     @property
     def is_stochastic(self) -> bool:
         """Whether averages are rounded stochastically."""
-        return self.dtype in _HALF
+        return self.dtype in HALF

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from polyak.errors import outside
+from polyak.kernels.choice import is_interpreted
 from polyak.kernels.gpu.control import Control
 from polyak.kernels.gpu.table import fits, make_table
 from polyak.kernels.row import Row
@@ -37,11 +37,6 @@ def is_importable() -> bool:
         )
         return False
     return True
-
-
-def is_interpreted() -> bool:
-    """Whether Triton was told to interpret its kernels, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def is_supported(row: Row) -> bool:
@@ -112,25 +107,14 @@ class Triton:
         self._bad_rows.zero_()
         return list(dict.fromkeys(row.name for row, is_bad in zip(self._rows, bad, strict=True) if is_bad))
 
-    def run_pending(self, control: Control, *, found_inf: torch.Tensor | None = None) -> None:
-        """Applies the growth that is pending, unless the flag of the control is raised; lowers the flag.
-
-        Args:
-            control: on the device of the averages.
-            found_inf: one number on that device; anything but zero skips the update like the flag.
-        """
-        self.settle(control, found_inf=found_inf)
-        self.run_settled(control)
-
-    def settle(self, control: Control, *, found_inf: torch.Tensor | None = None) -> None:
-        """Decides whether what is pending is applied, for all tables that share the control."""
+    def run_pending(self, control: Control) -> None:
+        """Applies the growth that is pending where an update is due, unless the flag is raised; lowers the flag."""
         torch.expm1(control.minus_pending, out=control.minus_weights)
         num_profiles = len(control.weights)
         with here(self.device):
             self._skip.settle[(1,)](
                 control.minus_weights,
                 control.minus_pending,
-                control.never if found_inf is None else found_inf,
                 control.flag,
                 control.counts,
                 control.weights,
@@ -138,20 +122,15 @@ class Triton:
                 SIZE=1 << (num_profiles - 1).bit_length(),
                 num_warps=1,
             )
-
-    def run_settled(self, control: Control) -> None:
-        """Updates with what `settle` decided."""
-        if not self._grid[0]:
-            return
-        with here(self.device):
-            self._update.update_settled[self._grid](
-                self._table.rows,
-                self._table.chunks,
-                control.counts,
-                control.weights,
-                **self._constants,
-                **OPTIONS,
-            )
+            if self._grid[0]:
+                self._update.update_settled[self._grid](
+                    self._table.rows,
+                    self._table.chunks,
+                    control.counts,
+                    control.weights,
+                    **self._constants,
+                    **OPTIONS,
+                )
 
 
 def here(device: torch.device) -> AbstractContextManager[Any]:

@@ -74,7 +74,6 @@ def find_bad(
 def settle(
     minus_weights,
     minus_pending,
-    found_inf,
     flag,
     counts,
     weights,
@@ -85,38 +84,39 @@ def settle(
 
     Args:
         minus_weights: float64, `expm1(-pending)`, one a profile.
-        minus_pending: float64, one a profile; zero afterwards, unless the update is skipped.
-        found_inf: one number; the update is skipped where it is not zero, as where the flag is raised.
-        flag: int32, one; zero afterwards.
-        counts: int64: updates made, updates skipped, the key of the update to come, the mixed seed, and whether the
-            step was good.
+        minus_pending: float64, one a profile, zero after an update; and one more, which is not zero where an update is
+            due, and zero afterwards.
+        flag: int32, one; whether the step is bad; zero afterwards.
+        counts: int64: updates made, updates left out, the key of the update to come, the mixed seed, and the verdict:
+            1 where the update is to be made.
         weights: float32, one a profile: as `update.update` takes them.
         PROFILES: the number of profiles.
         SIZE: the power of two that holds them.
     """
     profiles = tl.arange(0, SIZE)
     inside = profiles < PROFILES
-    bad = (tl.load(flag) != 0) | (tl.load(found_inf) != 0)
+    is_due = tl.load(minus_pending + PROFILES) != 0.0
+    is_bad = tl.load(flag) != 0
+    is_made = is_due & (is_bad == 0)
     weight = 0.0 - tl.load(minus_weights + profiles, mask=inside, other=0.0)
-    left = bad | (weight == 0.0)
+    left = (is_made == 0) | (weight == 0.0)
     tl.store(weights + profiles, tl.where(left, -1.0, tl.where(weight == 1.0, 2.0, weight.to(tl.float32))), mask=inside)
     pending = tl.load(minus_pending + profiles, mask=inside, other=0.0)
-    tl.store(minus_pending + profiles, tl.where(bad, pending, 0.0), mask=inside)
+    tl.store(minus_pending + profiles, tl.where(is_made, 0.0, pending), mask=inside)
+    tl.store(minus_pending + PROFILES, 0.0)
     tl.store(flag, 0)
-    # Where no growth is pending there is nothing to update, and nothing is counted.
-    is_due = tl.max((pending != 0.0).to(tl.int32), 0) != 0
     number = tl.load(counts)
     key = mix64((tl.load(counts + 3) + (number + 1) * -0x61C8864680B583EB).to(tl.uint64))
     tl.store(counts + 2, key.to(tl.int64))
-    tl.store(counts, tl.where(is_due & (bad == 0), number + 1, number))
+    tl.store(counts, tl.where(is_made, number + 1, number))
     skipped = tl.load(counts + 1)
-    tl.store(counts + 1, tl.where(is_due & bad, skipped + 1, skipped))
-    tl.store(counts + 4, (bad == 0).to(tl.int64))
+    tl.store(counts + 1, tl.where(is_due & is_bad, skipped + 1, skipped))
+    tl.store(counts + 4, is_made.to(tl.int64))
 
 
 @triton.jit
 def copy_settled(chunks, counts, SIZES: tl.constexpr, BLOCK: tl.constexpr):
-    """Copies memory, unless `settle` found that the step was bad.
+    """Copies memory, where `settle` decided for an update.
 
     Args:
         chunks: int64: the address to read, the address to write, how many numbers, of how many bytes; one program each.

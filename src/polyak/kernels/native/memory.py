@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
 from polyak.kernels.native.chunks import cut_into_chunks
 from polyak.kernels.native.compiled import function, library, num_threads
@@ -24,6 +25,7 @@ def is_reachable(*tensors: Tensor) -> bool:
         all(is_plain(t) and t.device.type == "cpu" and is_dense(t) for t in tensors)
         and not any(t.is_conj() or t.is_neg() for t in tensors)
         and all(t.stride() == tensors[0].stride() for t in tensors)
+        and "native" in allowed_kernels()
         and library() is not None
     )
 
