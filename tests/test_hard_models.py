@@ -721,7 +721,9 @@ class TestWatch:
         average = polyak.WeightAverage(model, polyak.Exponential(0.5))
         average.update()
         model.running = torch.eye(2).to_sparse()
-        with pytest.raises(polyak.MismatchError, match=r"'running' of the model is a Tensor of layout torch.sparse_coo"):
+        with pytest.raises(
+            polyak.MismatchError, match=r"'running' of the model is a Tensor of layout torch.sparse_coo"
+        ):
             average.update()
 
     def test_what_is_looked_at_for_nans_follows_the_model(self):
