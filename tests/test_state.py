@@ -201,3 +201,29 @@ def test_a_state_of_each_released_version_goes_on(path):
 
 def test_there_is_a_state_of_this_version():
     assert (DATA / f"state-{polyak.__version__}.pt").exists()
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("change", [lambda t: t.to("meta"), lambda t: t.to_sparse()])
+def test_a_tensor_without_memory_of_its_own_is_refused_before_anything_is_written(change):
+    average = polyak.WeightAverage(zoo.mlp())
+    average.update()
+    state = average.state_dict()
+    ((fingerprint, kept),) = state["averages"].items()
+    state["averages"] = {fingerprint: {"average": {**kept["average"], "2.bias": change(kept["average"]["2.bias"])}}}
+    other = polyak.WeightAverage(zoo.mlp())
+    other.update()
+    before = other.weights()
+    with pytest.raises(
+        polyak.FileFormatError, match=r"'2.bias' in the average 'average' of the state is no plain tensor"
+    ):
+        other.load_state_dict(state)
+    assert zoo.bit_equal(other.weights(), before)
+
+
+@pytest.mark.parametrize("part", [{"configuration": None}, {"clock": {"every": 0}}])
+def test_damaged_configurations(part):
+    average = polyak.WeightAverage(zoo.mlp())
+    average.update()
+    with pytest.raises(polyak.FileFormatError, match=r"the state is damaged"):
+        average.load_state_dict({**average.state_dict(), **part})

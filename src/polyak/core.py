@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -62,8 +63,17 @@ class Core:
         """Notes what source and averages are now, to tell later what never moved."""
         raw, names = self.store.raw(), list(self.store.names)
         self.first_sums = dict(zip(names, checksums([raw[name] for name in names]), strict=True))
-        for profile, averages in self.store.averages.items():
-            self.first_average_sums[profile] = dict(zip(names, checksums(list(averages.values())), strict=True))
+        for profile in self.profiles:
+            self.first_average_sums[profile] = self.average_sums(profile, names)
+
+    def average_sums(self, profile: str, names: Sequence[str]) -> dict[str, int]:
+        """The sums of the bits of these averages, with those of their second terms."""
+        tensors, seconds = self.store.tensors(profile), self.store.seconds[profile]
+        sums = dict(zip(names, checksums([tensors[name] for name in names]), strict=True))
+        second_names = [name for name in names if name in seconds]
+        for name, found in zip(second_names, checksums([seconds[name] for name in second_names]), strict=True):
+            sums[name] += found
+        return sums
 
     def __getstate__(self) -> dict[str, Any]:
         if self.swapped is not None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from polyak.clock import Clock
 from polyak.core import Core
 from polyak.errors import FileFormatError, MismatchError, StateError, listed
-from polyak.kernels import copy_
+from polyak.kernels import copy_, is_plain
 from polyak.source import check_same_names
 
 FORMAT = "polyak.WeightAverage"
@@ -136,6 +136,8 @@ def _check_format(state: Mapping[str, Any]) -> None:
         )
     if state.get("version") != VERSION:
         raise FileFormatError(f"the state has version {state.get('version')!r}; this polyak reads version {VERSION}")
+    if not isinstance(state.get("configuration", {}), Mapping):
+        raise FileFormatError(f"the state is damaged: its configuration is {state['configuration']!r}")
     missing = {"configuration", "clock", "pending", "ties", "frozen", "averages", "copies"} - state.keys()
     if missing:
         raise FileFormatError(f"the state is damaged: it has no {listed(sorted(missing))}")
@@ -148,7 +150,7 @@ def _read_clock(clock: Clock, saved: Mapping[str, Any]) -> Clock:
         right = all(type(time) is float for time in times) and all(type(count) is int for count in counts)
         right = right and read.axis in (None, "calls", "at") and 0 <= read.updated_at <= read.time < math.inf
         right = right and 0 <= read.num_updates <= read.num_calls
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: its clock is {saved!r}") from error
     if not right or saved.keys() != clock.state().keys():
         raise FileFormatError(f"the state is damaged: its clock is {saved!r}")
@@ -187,6 +189,8 @@ def _match(
         )
     for name, tensor in kept.items():
         saved = renamed[name]
+        if not is_plain(saved):
+            raise FileFormatError(f"the state is damaged: {name!r} in the {what} of the state is no plain tensor")
         if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
             raise MismatchError(
                 f"{name!r} in the {what} of the state is {tuple(saved.shape)} {saved.dtype}, and "

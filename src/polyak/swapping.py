@@ -20,12 +20,13 @@ _STANDING: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary
 
 
 def check_not_standing(model: nn.Module, call: str) -> None:
-    """Raises where an average stands in a bare model, whoever put it there."""
-    if model in _STANDING:
-        raise StateError(
-            f"{call} inside of swapped(): the average {_STANDING[model]!r} stands in the model now, not the trained "
-            "weights. Leave the swap first"
-        )
+    """Raises where an average stands in a bare model or in a part of it, whoever put it there."""
+    for other, name in _STANDING.items():
+        if other is model or not {*map(id, other.modules())}.isdisjoint(map(id, model.modules())):
+            raise StateError(
+                f"{call} inside of swapped(): the average {name!r} stands in the model now, not the trained "
+                "weights. Leave the swap first"
+            )
 
 
 def swap_in(core: Core, name: str) -> None:

@@ -106,12 +106,18 @@ def bits_of(number):
     return int(number.view(torch.int32)) & MASK_32
 
 
-def remainder_of(magnitude, low, negative):
-    """What `low` is of the last bit of `high`, times 2 ** 16, towards zero; 0 where `high` is tiny."""
+def remainder_of(magnitude, low, negative, even=0):
+    """What `low` is of the last bit of `high`, times 2 ** 16, towards zero; 0 where `high` is tiny.
+
+    Below a power of two the last bit is half of that above, in float32 and in 16 bits, but for one power (`even`).
+    """
     exponent = magnitude >> 23
     if exponent < 39:
         return 0
-    in_last_bits = (-low if negative else low) * 2.0 ** (127 + 39 - exponent)
+    outward = -low if negative else low
+    if magnitude & 0x7FFFFF == 0 and outward < 0 and magnitude != even:
+        exponent -= 1
+    in_last_bits = outward * 2.0 ** (127 + 39 - exponent)
     return int(max(-65536.0, min(65536.0, in_last_bits)))
 
 
@@ -121,7 +127,7 @@ def round_bfloat16(bits, low, random):
         return bits >> 16 | 0x40
     if magnitude < 0x7F800000:
         carry = (random & 0xFFFF) + remainder_of(magnitude, low, negative) >> 16
-        magnitude += (random >> 16) + carry
+        magnitude = min(magnitude + (random >> 16) + carry, 0x7F7FFFFF)
     return negative << 15 | magnitude >> 16
 
 
@@ -130,10 +136,11 @@ def round_float16(bits, low, random):
     if magnitude > 0x7F800000:
         return negative << 15 | 0x7E00
     if magnitude >= 0x38800000:
-        if magnitude < 0x7F800000:
-            carry = (random & 0xFFFF) + remainder_of(magnitude, low, negative) >> 16
-            magnitude += (random >> 19) + carry
-        return negative << 15 | min((magnitude >> 13) - (112 << 10), 0x7C00)
+        if magnitude == 0x7F800000:
+            return negative << 15 | 0x7C00
+        carry = (random & 0xFFFF) + remainder_of(magnitude, low, negative, even=0x38800000) >> 16
+        magnitude += (random >> 19) + carry
+        return negative << 15 | min((magnitude >> 13) - (112 << 10), 0x7BFF)
     # Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits.
     value = float(torch.tensor(magnitude, dtype=torch.int32).view(torch.float32))
     rest = max(-(2.0**20), min(2.0**20, (-low if negative else low) * 2.0**44))

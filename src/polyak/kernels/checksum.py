@@ -48,6 +48,7 @@ def _checksum(tensor: Tensor) -> Tensor:
 def _bits(tensor: Tensor) -> Tensor:
     if tensor.is_quantized:
         tensor = tensor.int_repr()
+    tensor = tensor.resolve_conj().resolve_neg()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor.view(_INTEGERS[tensor.element_size()])

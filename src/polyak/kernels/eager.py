@@ -35,8 +35,8 @@ def lerp_(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:
 
 def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies each source into its target."""
-    if any(map(Tensor.is_conj, targets)):
-        # Grouped operations do not write to conjugate views.
+    if any(map(Tensor.is_conj, targets)) or any(map(Tensor.is_neg, targets)):
+        # Grouped operations do not write to conjugate and negative views.
         for target, source in zip(targets, sources, strict=True):
             target.copy_(source)
     elif targets:

@@ -9,7 +9,8 @@ the element's place in it. So there is no generator to save, and every kernel, r
 
 An average `a` of 16 bits and a source `s` give in float32 `high = lerp(a, s, weight)` and what that rounded away,
 `low = weight * (s - a) - (high - a)`, without which an average would stop as near to its source as one in float32.
-`high + low` goes to the next number of 16 bits above or below it in magnitude, with 32 bits of probability.
+`high + low` goes to the next number of 16 bits above or below it in magnitude, with 32 bits of probability. What is
+finite stays so: beyond the largest number it is the largest.
 
 Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014 (mix64); Appleby, MurmurHash3, 2011
 (mix32); Connolly, Higham and Mary, Stochastic rounding and its probabilistic backward error analysis, 2021.
@@ -80,20 +81,26 @@ def round_stochastically(high: Tensor, low: Tensor, random: Tensor, dtype: torch
     words = high.view(torch.int32).to(torch.int64)
     magnitude = words & _MAGNITUDE
     outward = torch.where(words < 0, -low, low)
-    carried = magnitude + _carry(magnitude, outward, random)
+    even = 0 if dtype == torch.bfloat16 else _SMALLEST_NORMAL
+    carried = magnitude + _carry(magnitude, outward, random, even)
     if dtype == torch.bfloat16:
-        finite = carried.add_(random >> 16).bitwise_right_shift_(16)
+        finite = carried.add_(random >> 16).bitwise_right_shift_(16).clamp_(max=0x7F7F)
         special = (magnitude >> 16) | torch.where(magnitude > _INFINITY, 0x40, 0)
     else:
-        finite = carried.add_(random >> 19).bitwise_right_shift_(13).sub_(112 << 10).clamp_(max=0x7C00)
+        finite = carried.add_(random >> 19).bitwise_right_shift_(13).sub_(112 << 10).clamp_(max=0x7BFF)
         finite = torch.where(magnitude < _SMALLEST_NORMAL, _subnormal(high.abs(), outward, random), finite)
         special = torch.where(magnitude > _INFINITY, 0x7E00, 0x7C00)
     bits = torch.where(magnitude < _INFINITY, finite, special) | ((words < 0).to(torch.int64) << 15)
     return bits.to(torch.int16).view(dtype)
 
 
-def _carry(magnitude: Tensor, outward: Tensor, random: Tensor) -> Tensor:
-    """-1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits."""
+def _carry(magnitude: Tensor, outward: Tensor, random: Tensor, even: int) -> Tensor:
+    """-1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits.
+
+    Below a power of two a last bit is worth half, unless 16 bits have one worth there: `even` is that power, or 0.
+    """
+    is_power = (magnitude & 0x7FFFFF == 0).logical_and_(magnitude != even)
+    outward = torch.where(is_power.logical_and_(outward < 0), outward + outward, outward)
     exponent = magnitude >> 23
     scale = ((293 - exponent).clamp_(max=254) << 23).to(torch.int32).view(torch.float32)
     last_bits = (outward * scale).clamp_(-65536.0, 65536.0).nan_to_num_().to(torch.int64)

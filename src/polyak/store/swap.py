@@ -65,6 +65,7 @@ class Swap:
     def enter(self) -> None:
         """Puts the average into the source."""
         self._in.run()
+        self._note_changes()
         # Bits are summed because torch's own count of changes misses fused optimizers and writes to `.data`.
         self._sums = checksums(list(self._parameters().values()))
 
@@ -73,7 +74,13 @@ class Swap:
         if self._in.started:
             self._in.run()
             self._out.run()
+            self._note_changes()
         return self._changed
+
+    def _note_changes(self) -> None:
+        """So that a graph which needs a tensor as it was raises, whichever kernel wrote to it."""
+        tensors = [tensor for pair in self._pairs.values() for tensor in pair]
+        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
     def _look(self) -> None:
         if self._sums is not None:

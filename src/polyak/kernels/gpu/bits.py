@@ -83,17 +83,21 @@ def random_bits(places, lower, upper):
 
 
 @triton.jit
-def _carry(field, outward, random):
+def _carry(words, outward, random, EVEN: tl.constexpr):
     """-1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits.
 
     Args:
-        field: the exponent of the number, where it stands in its bits.
+        words: the bits of the number.
         outward: what is to be added to its magnitude.
         random: uint32.
+        EVEN: the bits of the power of two about which 16 bits have the same last bit; below all others it is half.
     """
+    field = words & 0x7F800000
     # 2 ** 16 over the last bit, by its bits: 293 = 127 + 127 + 23 + 16, and the difference fits after it wrapped.
     scale = tl.where(field < 39 << 23, 0, -0x6D800000 - field)
-    last_bits = outward * scale.to(tl.float32, bitcast=True)
+    is_power = ((words & 0x7FFFFF) == 0) & (field != EVEN) & (outward < 0.0)
+    worth = tl.where(is_power, outward + outward, outward)
+    last_bits = worth * scale.to(tl.float32, bitcast=True)
     last_bits = tl.minimum(tl.maximum(last_bits, -65536.0), 65536.0).to(tl.int32)
     return (last_bits + (random & 0xFFFF).to(tl.int32)) >> 16
 
@@ -104,8 +108,8 @@ def round_bfloat16(high, low, random):
     words = high.to(tl.int32, bitcast=True)
     field = _exponent_field(high)
     outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
-    # The sign bit stays out of the sum: the magnitude of a finite number has room above it.
-    rounded = words + _carry(field, outward, random) + (random >> 16).to(tl.int32)
+    rounded = (words & 0x7FFFFFFF) + _carry(words, outward, random, 0) + (random >> 16).to(tl.int32)
+    rounded = tl.minimum(rounded, 0x7F7FFFFF) | (words & -0x80000000)
     special = tl.where(high != high, words | 0x400000, words)
     return (tl.where(field == 0x7F800000, special, rounded) >> 16).to(tl.int16)
 
@@ -117,8 +121,8 @@ def round_float16(high, low, random):
     magnitude = words & 0x7FFFFFFF
     field = _exponent_field(high)
     outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
-    rounded = magnitude + _carry(field, outward, random) + (random >> 19).to(tl.int32)
-    rounded = tl.minimum((rounded >> 13) - (112 << 10), 0x7C00)
+    rounded = magnitude + _carry(words, outward, random, 0x38800000) + (random >> 19).to(tl.int32)
+    rounded = tl.minimum((rounded >> 13) - (112 << 10), 0x7BFF)
     # Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits; 31 bits in all.
     fixed = (tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True) * 17592186044416.0).to(tl.int32)
     rest = tl.minimum(tl.maximum(outward * 17592186044416.0, -1048576.0), 1048576.0).to(tl.int32)

@@ -36,13 +36,13 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
         rows: tensors that belong together.
         firsts: for each row the number of its first element in a whole, whose chunks it shares. Default: 0.
     """
-    sizes = torch.tensor([row[0].numel() for row in rows])
-    before = torch.tensor(firsts or [0] * len(rows)) % CHUNK_ELEMENTS
+    sizes = torch.tensor([row[0].numel() for row in rows], device="cpu")
+    before = torch.tensor(firsts or [0] * len(rows), device="cpu") % CHUNK_ELEMENTS
     num_chunks = torch.where(sizes > 0, (before + sizes + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS, 0)
-    row = torch.arange(len(rows)).repeat_interleave(num_chunks)
-    number = torch.arange(len(row)) - (num_chunks.cumsum(0) - num_chunks)[row]
+    row = torch.arange(len(rows), device="cpu").repeat_interleave(num_chunks)
+    number = torch.arange(len(row), device="cpu") - (num_chunks.cumsum(0) - num_chunks)[row]
     starts = (number * CHUNK_ELEMENTS - before[row]).clamp_(min=0)
     ends = torch.minimum((number + 1) * CHUNK_ELEMENTS - before[row], sizes[row])
-    bases = torch.tensor([[tensor.data_ptr() for tensor in each] for each in rows])
-    widths = torch.tensor([[tensor.element_size() for tensor in each] for each in rows])
+    bases = torch.tensor([[tensor.data_ptr() for tensor in each] for each in rows], device="cpu")
+    widths = torch.tensor([[tensor.element_size() for tensor in each] for each in rows], device="cpu")
     return Chunks(row, starts, ends - starts, bases[row] + starts[:, None] * widths[row])

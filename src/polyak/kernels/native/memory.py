@@ -37,11 +37,11 @@ class _Call:
         self._call = function(name, *_ARGUMENTS)
         self._table = table
         self._tensors = tensors
-        self._done = torch.zeros(1, dtype=torch.int64)
-        self._num_threads = num_threads(num_elements)
+        self._done = torch.zeros(1, dtype=torch.int64, device="cpu")
+        self._num_elements = num_elements
 
     def __call__(self) -> None:
-        self._call(self._table.data_ptr(), len(self._table), self._done.data_ptr(), self._num_threads)
+        self._call(self._table.data_ptr(), len(self._table), self._done.data_ptr(), num_threads(self._num_elements))
 
 
 def exchange(rows: Rows) -> Callable[[], None]:
@@ -68,7 +68,7 @@ def _call(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None
     chunks = cut_into_chunks(rows)
     counts = chunks.counts
     if in_bytes:
-        counts = counts * torch.tensor([one.element_size() for one, _ in rows])[chunks.rows]
+        counts = counts * torch.tensor([one.element_size() for one, _ in rows], device="cpu")[chunks.rows]
     table = torch.cat([chunks.addresses, counts[:, None]], dim=1)
     return _Call(name, table, sum(one.numel() for one, _ in rows), list(rows))
 
@@ -87,7 +87,9 @@ def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
 def sums(tensors: Sequence[Tensor]) -> list[int]:
     """The sum of each tensor's bits, read as signed integers, modulo 2 ** 64; all of one element size from 2 to 8."""
     look = _Look(f"sum_{8 * tensors[0].element_size()}", tensors)
-    return cast("Any", torch.zeros(len(tensors), dtype=torch.int64).index_add_(0, look.rows, look())).tolist()
+    return cast(
+        "Any", torch.zeros(len(tensors), dtype=torch.int64, device="cpu").index_add_(0, look.rows, look())
+    ).tolist()
 
 
 class _Look:
@@ -99,9 +101,9 @@ class _Look:
         self._call = function(name, *_ARGUMENTS)
         self._table = torch.cat([chunks.addresses, chunks.counts[:, None]], dim=1)
         self._tensors = list(tensors)
-        self._results = torch.empty(len(self._table), dtype=torch.int64)
-        self._num_threads = num_threads(sum(tensor.numel() for tensor in tensors))
+        self._results = torch.empty(len(self._table), dtype=torch.int64, device="cpu")
+        self._num_elements = sum(tensor.numel() for tensor in tensors)
 
     def __call__(self) -> Tensor:
-        self._call(self._table.data_ptr(), len(self._table), self._results.data_ptr(), self._num_threads)
+        self._call(self._table.data_ptr(), len(self._table), self._results.data_ptr(), num_threads(self._num_elements))
         return self._results

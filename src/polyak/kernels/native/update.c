@@ -149,19 +149,23 @@ INLINE float clamp(float number, float bound)
     return number > bound ? bound : number;
 }
 
-/* -1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits. */
-INLINE int32_t carry(uint32_t magnitude, float outward, uint32_t random)
+/* -1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits. Below a power of two a last
+ * bit is worth half, unless 16 bits have one worth there (`even` is that power, or 0). */
+INLINE int32_t carry(uint32_t magnitude, float outward, uint32_t random, uint32_t even)
 {
     const int32_t exponent = (int32_t)(magnitude >> 23);
     const float scale = float_of((uint32_t)(exponent < 39 ? 0 : 293 - exponent) << 23);
-    return ((int32_t)clamp(outward * scale, 65536.0f) + (int32_t)(random & 0xFFFFu)) >> 16;
+    const int is_power = (magnitude & 0x7FFFFFu) == 0 && magnitude != even;
+    const float worth = is_power && outward < 0.0f ? outward + outward : outward;
+    return ((int32_t)clamp(worth * scale, 65536.0f) + (int32_t)(random & 0xFFFFu)) >> 16;
 }
 
 INLINE uint16_t round_bfloat16(float high, float low, uint32_t random)
 {
     const uint32_t bits = bits_of(high), magnitude = bits & 0x7FFFFFFFu, sign = bits & 0x80000000u;
     const float outward = float_of(bits_of(low) ^ sign);
-    const uint32_t finite = magnitude + (random >> 16) + (uint32_t)carry(magnitude, outward, random);
+    const uint32_t carried = magnitude + (random >> 16) + (uint32_t)carry(magnitude, outward, random, 0);
+    const uint32_t finite = carried < 0x7F7FFFFFu ? carried : 0x7F7FFFFFu;
     const uint32_t special = magnitude > 0x7F800000u ? magnitude | 0x400000u : magnitude;
     return (uint16_t)(((magnitude < 0x7F800000u ? finite : special) | sign) >> 16);
 }
@@ -170,9 +174,9 @@ INLINE uint16_t round_float16(float high, float low, uint32_t random)
 {
     const uint32_t bits = bits_of(high), magnitude = bits & 0x7FFFFFFFu, sign = bits & 0x80000000u;
     const float outward = float_of(bits_of(low) ^ sign);
-    const uint32_t carried = magnitude + (random >> 19) + (uint32_t)carry(magnitude, outward, random);
+    const uint32_t carried = magnitude + (random >> 19) + (uint32_t)carry(magnitude, outward, random, 0x38800000u);
     const uint32_t shifted = (carried >> 13) - (112u << 10);
-    const uint32_t normal = shifted < 0x7C00u ? shifted : 0x7C00u;
+    const uint32_t normal = shifted < 0x7BFFu ? shifted : 0x7BFFu;
     /* Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits. */
     const int32_t fixed = (int32_t)(float_of(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p44f) +
                           (int32_t)clamp(outward * 0x1p44f, 0x1p20f) + (int32_t)(random >> 12);

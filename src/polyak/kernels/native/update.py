@@ -64,9 +64,10 @@ class Native:
 
 def _table(rows: Sequence[Row]) -> Tensor:
     chunks = cut_into_chunks([row.tensors for row in rows], [row.first for row in rows])
-    firsts = torch.tensor([row.first for row in rows])[chunks.rows] + chunks.starts
+    firsts = torch.tensor([row.first for row in rows], device="cpu")[chunks.rows] + chunks.starts
     # The bits of unsigned numbers, as signed ones.
-    keys = torch.tensor([key - (1 << 64) if key >> 63 else key for key in (row.key or 0 for row in rows)])
+    numbers = [row.key or 0 for row in rows]
+    keys = torch.tensor([key - (1 << 64) if key >> 63 else key for key in numbers], device="cpu")
     sources, others = chunks.addresses[:, :1], chunks.addresses[:, 1:]
     return torch.cat([sources, torch.stack([chunks.counts, firsts, keys[chunks.rows]], dim=1), others], dim=1)
 
