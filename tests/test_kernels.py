@@ -1,5 +1,6 @@
 """Kernels on lists of plain tensors, bit for bit against one tensor at a time."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -181,7 +182,11 @@ def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(mon
         assert len(caught) == 1
         assert [group.kernel for plan in plans for group in plan.groups] == ["foreach", "foreach"]
     finally:
+        monkeypatch.undo()
         native.library.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # where there really is none
+            native.library()
 
 
 @pytest.mark.parametrize("elements", [1, 7, 64, 1 << 18])
