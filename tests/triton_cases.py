@@ -415,3 +415,32 @@ class TestControl:
         assert not can_copy(one, torch.zeros(6, 4, device=DEVICE).t())
         assert not can_copy(one[:, 1:], one[:, 1:])
         SettledCopies([], []).run(Control(1, device=DEVICE))
+
+
+class TestFallback:
+    """Where the kernel does not work, torch's operations do."""
+
+    rows = (Row("x", torch.ones(4, device=DEVICE), (torch.zeros(4, device=DEVICE),)),)
+
+    def plan(self, monkeypatch, run):
+        monkeypatch.setattr(Triton, "run", run)
+        launch.works_on.cache_clear()
+        try:
+            return Plan(self.rows, kernels=["triton", "staged"]).groups[0].kernel
+        finally:
+            launch.works_on.cache_clear()
+
+    def test_an_error_of_the_compiler(self, monkeypatch):
+        def run(*_):
+            raise RuntimeError("no such instruction")
+
+        with pytest.warns(UserWarning, match=r"not used on .* \(RuntimeError: no such instruction\)"):
+            assert self.plan(monkeypatch, run) == "staged"
+
+    @pytest.mark.protects
+    def test_other_results(self, monkeypatch):
+        with pytest.warns(UserWarning, match=r"its results are not those of torch's operations"):
+            assert self.plan(monkeypatch, lambda *_: None) == "staged"
+
+    def test_none(self, monkeypatch):
+        assert self.plan(monkeypatch, Triton.run) == "triton"

@@ -13,6 +13,7 @@ import torch
 
 from polyak.errors import outside
 from polyak.kernels.choice import is_interpreted
+from polyak.kernels.eager import Staged
 from polyak.kernels.gpu.control import Control
 from polyak.kernels.gpu.table import fits, make_table
 from polyak.kernels.row import Row
@@ -25,28 +26,49 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @functools.cache
-def is_importable() -> bool:
-    """Whether Triton can be imported; where it cannot that is said, once."""
-    try:
-        import_module("triton")
-    except ImportError as error:
+def works_on(device: torch.device) -> bool:
+    """Whether the kernel runs on a device with the bits of torch's operations; where it does not, that is said once."""
+    problem = _problem_on(device)
+    if problem:
         warnings.warn(
-            f"polyak's kernel for GPUs needs Triton, which cannot be imported ({error}); torch's own operations do the "
-            "same, more slowly",
+            f"polyak's kernel in Triton is not used on {device} ({problem}); torch's own operations do the same, more "
+            "slowly",
             stacklevel=outside(),
         )
-        return False
-    return True
+    return not problem
+
+
+def _problem_on(device: torch.device) -> str:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _MIN_CAPABILITY:
+        return "Triton makes no code for its compute capability"
+    try:
+        import_module("triton")
+        mine, others = _samples(device), _samples(device)
+        Triton(mine).run([0.25], 1)
+        for row in others:
+            Staged([row]).run([0.25], 1)
+        same = all(
+            torch.equal(one, other)
+            for row, twin in zip(mine, others, strict=True)
+            for one, other in zip(row.tensors, twin.tensors, strict=True)
+        )
+        return "" if same else "its results are not those of torch's operations"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"{type(error).__name__}: {error}"
+
+
+def _samples(device: torch.device) -> list[Row]:
+    """A row of each mode."""
+    source = torch.arange(-20.0, 20.0, device=device) / 7
+    rows = [torch.full_like(source, 0.3), torch.full_like(source, 0.3), torch.full_like(source, 0.3).bfloat16()]
+    second = torch.full_like(source, 99, dtype=torch.int16)
+    return [Row("", source, (rows[0],)), Row("", source, (rows[1],), (second,)), Row("", source, (rows[2],), key=1)]
 
 
 def is_supported(row: Row) -> bool:
     """Whether the kernel can update these averages from this source, here."""
     device = row.source.device
-    if device.type == "cuda":
-        can_run = not is_interpreted() and torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
-    else:
-        can_run = device.type == "cpu" and is_interpreted()
-    return can_run and fits(row) and is_importable()
+    return device.type == ("cpu" if is_interpreted() else "cuda") and fits(row) and works_on(device)
 
 
 class Triton:
