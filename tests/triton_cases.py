@@ -420,13 +420,12 @@ class TestControl:
 class TestFallback:
     """Where the kernel does not work, torch's operations do."""
 
-    rows = (Row("x", torch.ones(4, device=DEVICE), (torch.zeros(4, device=DEVICE),)),)
-
     def plan(self, monkeypatch, run):
         monkeypatch.setattr(Triton, "run", run)
         launch.works_on.cache_clear()
+        rows = [Row("x", torch.ones(4, device=DEVICE), (torch.zeros(4, device=DEVICE),))]
         try:
-            return Plan(self.rows, kernels=["triton", "staged"]).groups[0].kernel
+            return Plan(rows, kernels=["triton", "staged"]).groups[0].kernel
         finally:
             launch.works_on.cache_clear()
 
