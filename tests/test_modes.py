@@ -130,7 +130,7 @@ def test_copies_and_changed_models_keep_everything(mode):
 
 
 class TestCompensated:
-    def test_has_the_precision_of_float32_however_long(self):
+    def test_follows_where_float32_stops(self):
         """A constant step towards a source that stays: float32 stops on the way, the sum of two does not."""
         decay, num_updates = 0.999999, 20_000
         model = torch.nn.Linear(1, 64, bias=False)

@@ -53,13 +53,13 @@ class WeightAverage:
             functions of name and tensor; actions are average, copy and skip.
         dtype: of the averages. Default: the source's; float32 for 16-bit sources. In torch.bfloat16 and torch.float16
             they are rounded stochastically, so that they move and are right in the mean; complex ones stay complex64.
-        compensated: keep what float32 averages are short of in a second term, 2 bytes a number, so that they have the
-            precision of float32 however long they are: for decays above 0.9999 and runs of many updates.
+        compensated: keep what float32 averages are short of in a second term, 2 bytes a number, so that they get 65,536
+            times nearer to their sources: for decays above 0.9999 and runs of many updates.
         seed: of stochastic rounding. The same seed, updates and names give the same bits.
         device: where the averages are. Default: where the source is.
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
             "raise" raises, on a GPU at the next call; "skip" leaves the update out, exactly as if it had not been due.
-            Both read the weights once more, which makes an update a third to half as long again, so that "propagate",
+            Both read the weights once more, which makes an update up to three quarters longer, so that "propagate",
             which takes the weights as they are, is the default.
 
     Raises:

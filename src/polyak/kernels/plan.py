@@ -115,5 +115,5 @@ def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:
     mode = "" if row.mode == "plain" else f" {row.mode}"
     raise ValueError(
         f"no kernel of {listed(allowed)} fits {row.name!r}, {source.dtype} on {source.device} into{mode} "
-        f"{average.dtype} on {average.device}"
+        f"{average.dtype} on {average.device}; allow 'staged' too, by kernels= or POLYAK_KERNELS, which takes all"
     )

@@ -45,7 +45,8 @@ def dead_zone(dtype: torch.dtype, decay: float) -> float:
         dead_zone = (eps / 2) / (1 - decay)
 
     An update adds `(1 - decay) * (source - average)`, and nearest rounding drops what is below half of the average's
-    last bit, which is at most eps / 2 of it. An average does not get nearer to its source than that.
+    last bit, which is at most eps / 2 of it. An average does not get nearer to its source than that. The averages of 16
+    bits that are kept here are rounded stochastically, and have no such zone; compensated ones have 2 ** -16 of it.
 
     Args:
         dtype: of the average; floating-point.
