@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a G
 
 if CAN_RUN:
     import triton_cases as cases
+    from control_cases import *  # noqa: F403  # its tests are tests here, too
     from triton_cases import *  # noqa: F403  # its tests are tests here, with the blocks that users have
     from triton_cases import pytestmark as _filters
 

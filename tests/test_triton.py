@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("cases", ["triton_cases.py", "device_cases.py"])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "control_cases.py", "device_cases.py"])
 def test_all_cases_in_the_interpreter(cases):
     """In a process of its own: Triton has to know it before it is imported, and other tests may import it."""
     found = subprocess.run(

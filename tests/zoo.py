@@ -80,6 +80,13 @@ def drift(model, generator=None):
             tensor.add_(1)
 
 
+@torch.no_grad()
+def bump(model):
+    """Adds 1 to every parameter."""
+    for parameter in model.parameters():
+        parameter.add_(1)
+
+
 def _noise_dtype(tensor):
     return torch.complex64 if tensor.is_complex() else torch.float32
 

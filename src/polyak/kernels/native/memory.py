@@ -31,54 +31,62 @@ def is_reachable(*tensors: Tensor) -> bool:
 
 
 class _Call:
-    """A call over a table. Those that must not be made twice note by themselves that they were, and then do nothing."""
+    """A call over a table of chunks, and what it gives.
 
-    def __init__(self, name: str, table: Tensor, num_elements: int, tensors: object) -> None:
-        self._call = function(name, *_ARGUMENTS)
-        self._table = table
-        self._tensors = tensors
-        self._done = torch.zeros(1, dtype=torch.int64, device="cpu")
-        self._num_elements = num_elements
+    What must not be done twice notes in its only result, by itself, that it was done, and then does nothing; others
+    have a result for each chunk, or none.
+
+    Attributes:
+        rows: for each chunk, the number of the row that it is of.
+        results: int64.
+    """
+
+    def __init__(
+        self, name: str, rows: Sequence[Sequence[Tensor]], *, in_bytes: bool = False, num_results: int | None = None
+    ) -> None:
+        chunks = cut_into_chunks(rows)
+        counts = chunks.counts
+        if in_bytes:
+            counts = counts * torch.tensor([row[0].element_size() for row in rows], device="cpu")[chunks.rows]
+        self.rows = chunks.rows
+        self.results = torch.zeros(num_results or len(counts), dtype=torch.int64, device="cpu")
+        self._function = function(name, *_ARGUMENTS)
+        self._table = torch.cat([chunks.addresses, counts[:, None]], dim=1)
+        self._tensors = [tuple(row) for row in rows]  # addresses stay valid as long as these live
+        self._num_elements = sum(row[0].numel() for row in rows)
 
     def __call__(self) -> None:
-        self._call(self._table.data_ptr(), len(self._table), self._done.data_ptr(), num_threads(self._num_elements))
+        threads = num_threads(self._num_elements)
+        self._function(self._table.data_ptr(), len(self._table), self.results.data_ptr(), threads)
 
 
 def exchange(rows: Rows) -> Callable[[], None]:
     """What exchanges the values of the two tensors of each row, in place, when it is called for the first time."""
-    return _call("exchange", rows, in_bytes=True)
+    return _Call("exchange", rows, in_bytes=True, num_results=1)
 
 
 def copy(rows: Rows) -> Callable[[], None]:
     """What copies the second tensor of each row into the first, at each call."""
-    return _call("copy", rows, in_bytes=True)
+    return _Call("copy", rows, in_bytes=True, num_results=1)
 
 
 def enter_halves(rows: Rows) -> Callable[[], None]:
     """What puts the float32 average of each row into its bfloat16 source, when it is called for the first time."""
-    return _call("enter_halves", rows)
+    return _Call("enter_halves", rows, num_results=1)
 
 
 def leave_halves(rows: Rows) -> Callable[[], None]:
     """What undoes `enter_halves`, when it is called for the first time."""
-    return _call("leave_halves", rows)
-
-
-def _call(name: str, rows: Rows, *, in_bytes: bool = False) -> Callable[[], None]:
-    chunks = cut_into_chunks(rows)
-    counts = chunks.counts
-    if in_bytes:
-        counts = counts * torch.tensor([one.element_size() for one, _ in rows], device="cpu")[chunks.rows]
-    table = torch.cat([chunks.addresses, counts[:, None]], dim=1)
-    return _Call(name, table, sum(one.numel() for one, _ in rows), list(rows))
+    return _Call("leave_halves", rows, num_results=1)
 
 
 def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
     """What finds the positions of those that hold a NaN or an infinity; all are of one floating-point dtype."""
-    look = _Look(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", tensors)
+    look = _Call(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", [(tensor,) for tensor in tensors])
 
     def find() -> list[int]:
-        found = look() != 0
+        look()
+        found = look.results != 0
         return sorted({int(row) for row in look.rows[found]}) if bool(found.any()) else []
 
     return find
@@ -86,24 +94,7 @@ def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
 
 def sums(tensors: Sequence[Tensor]) -> list[int]:
     """The sum of each tensor's bits, read as signed integers, modulo 2 ** 64; all of one element size from 2 to 8."""
-    look = _Look(f"sum_{8 * tensors[0].element_size()}", tensors)
-    return cast(
-        "Any", torch.zeros(len(tensors), dtype=torch.int64, device="cpu").index_add_(0, look.rows, look())
-    ).tolist()
-
-
-class _Look:
-    """A call over a table that gives a number for each chunk, and the positions of the tensors of the chunks."""
-
-    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
-        chunks = cut_into_chunks([(tensor,) for tensor in tensors])
-        self.rows = chunks.rows
-        self._call = function(name, *_ARGUMENTS)
-        self._table = torch.cat([chunks.addresses, chunks.counts[:, None]], dim=1)
-        self._tensors = list(tensors)
-        self._results = torch.empty(len(self._table), dtype=torch.int64, device="cpu")
-        self._num_elements = sum(tensor.numel() for tensor in tensors)
-
-    def __call__(self) -> Tensor:
-        self._call(self._table.data_ptr(), len(self._table), self._results.data_ptr(), num_threads(self._num_elements))
-        return self._results
+    look = _Call(f"sum_{8 * tensors[0].element_size()}", [(tensor,) for tensor in tensors])
+    look()
+    totals = torch.zeros(len(tensors), dtype=torch.int64, device="cpu").index_add_(0, look.rows, look.results)
+    return cast("Any", totals).tolist()
