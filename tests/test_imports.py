@@ -1,15 +1,18 @@
 """The arrows of the house, what an import loads, and the names that it gives."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import polyak
 
 # Each room imports from those before it. Whatever is not named here stands at the end, and nobody imports it.
-ROOMS = """errors names profiles kernels entries source store checkpoints adapters clock attach modules core swapping
-state report view average batchnorm targets"""
+ROOMS = """errors names profiles containers layouts kernels entries source store checkpoints adapters clock attach
+modules core swapping state report view average batchnorm targets"""
 HOUSE = [*ROOMS.split(), "model_ema", "__init__"]
 SOURCE = Path(polyak.__file__).parent
 
@@ -48,7 +51,7 @@ def test_rooms_know_what_they_may_know():
 
 def test_import_loads_torch_and_the_standard_library_only():
     code = (
-        "import sys, torch; before = set(sys.modules); import polyak;"
+        "import sys, torch; before = set(sys.modules); import polyak; [getattr(polyak, name) for name in dir(polyak)];"
         "new = {name.split('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(new - set(sys.stdlib_module_names) - {'polyak', 'torch'}))"
     )
@@ -56,12 +59,29 @@ def test_import_loads_torch_and_the_standard_library_only():
     assert found.stdout.strip() == "[]"
 
 
+def test_public_names_are_those_that_type_checkers_see():
+    stub = (SOURCE / "__init__.pyi").read_text()
+    told = {name: room for room, name in re.findall(r"^from \.(\w+) import (\w+) as \2$", stub, re.MULTILINE)}
+    assert told == polyak._ROOMS
+    for name in told:
+        assert getattr(polyak, name) is not None
+    with pytest.raises(AttributeError, match="module 'polyak' has no attribute 'nothing'"):
+        polyak.nothing  # noqa: B018
+
+
+def test_headers_are_read_without_torch():
+    code = "import sys, polyak.layouts, polyak.containers; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "False"]
+
+
 def test_public_names():
-    public = {name for name in vars(polyak) if not name.startswith("_")}
+    public = {name for name in dir(polyak) if not name.startswith("_")}
     rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir()}
     assert public - rooms == {
         "Attachment",
         "AverageView",
+        "Checkpoint",
         "Exponential",
         "FileFormatError",
         "MismatchError",
@@ -80,11 +100,13 @@ def test_public_names():
         "decay_to_relative_std",
         "exponent_to_mean_age",
         "exponent_to_relative_std",
+        "formats",
         "half_life_to_decay",
         "lerp_",
         "mean_age_to_decay",
         "mean_age_to_exponent",
         "profile_from_description",
+        "read",
         "recalibrate_batchnorm",
         "register_schedule",
         "relative_std_to_decay",

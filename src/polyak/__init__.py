@@ -1,36 +1,38 @@
 """Weight averaging for PyTorch: exact, restartable averages of a model's weights."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 
-from .attach import Attachment as Attachment
-from .average import WeightAverage as WeightAverage
-from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
-from .errors import FileFormatError as FileFormatError
-from .errors import MismatchError as MismatchError
-from .errors import PolyakError as PolyakError
-from .errors import StateError as StateError
-from .kernels import dead_zone as dead_zone
-from .model_ema import ModelEma as ModelEma
-from .profiles import Exponential as Exponential
-from .profiles import Power as Power
-from .profiles import Profile as Profile
-from .profiles import Schedule as Schedule
-from .profiles import Uniform as Uniform
-from .profiles import decay_to_half_life as decay_to_half_life
-from .profiles import decay_to_mean_age as decay_to_mean_age
-from .profiles import decay_to_relative_std as decay_to_relative_std
-from .profiles import exponent_to_mean_age as exponent_to_mean_age
-from .profiles import exponent_to_relative_std as exponent_to_relative_std
-from .profiles import half_life_to_decay as half_life_to_decay
-from .profiles import mean_age_to_decay as mean_age_to_decay
-from .profiles import mean_age_to_exponent as mean_age_to_exponent
-from .profiles import profile_from_description as profile_from_description
-from .profiles import register_schedule as register_schedule
-from .profiles import relative_std_to_decay as relative_std_to_decay
-from .profiles import relative_std_to_exponent as relative_std_to_exponent
-from .profiles import scale_decay as scale_decay
-from .report import Report as Report
-from .targets import lerp_ as lerp_
-from .view import AverageView as AverageView
+# A name is loaded when it is first used: torch takes seconds and hundreds of megabytes, which reading a file's header
+# can do without. `__init__.pyi` says the same to type checkers.
+_NAMES = {
+    "attach": "Attachment",
+    "average": "WeightAverage",
+    "batchnorm": "recalibrate_batchnorm",
+    "checkpoints": "Checkpoint read",
+    "errors": "FileFormatError MismatchError PolyakError StateError",
+    "kernels": "dead_zone",
+    "layouts": "formats",
+    "model_ema": "ModelEma",
+    "profiles": """Exponential Power Profile Schedule Uniform decay_to_half_life decay_to_mean_age decay_to_relative_std
+        exponent_to_mean_age exponent_to_relative_std half_life_to_decay mean_age_to_decay mean_age_to_exponent
+        profile_from_description register_schedule relative_std_to_decay relative_std_to_exponent scale_decay""",
+    "report": "Report",
+    "targets": "lerp_",
+    "view": "AverageView",
+}
+_ROOMS = {name: room for room, names in _NAMES.items() for name in names.split()}
 
 __version__ = _version("polyak")
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(_import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

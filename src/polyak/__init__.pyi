@@ -1,0 +1,37 @@
+"""The public names, for type checkers. `__init__.py` loads each when it is first used."""
+
+from .attach import Attachment as Attachment
+from .average import WeightAverage as WeightAverage
+from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
+from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import read as read
+from .errors import FileFormatError as FileFormatError
+from .errors import MismatchError as MismatchError
+from .errors import PolyakError as PolyakError
+from .errors import StateError as StateError
+from .kernels import dead_zone as dead_zone
+from .layouts import formats as formats
+from .model_ema import ModelEma as ModelEma
+from .profiles import Exponential as Exponential
+from .profiles import Power as Power
+from .profiles import Profile as Profile
+from .profiles import Schedule as Schedule
+from .profiles import Uniform as Uniform
+from .profiles import decay_to_half_life as decay_to_half_life
+from .profiles import decay_to_mean_age as decay_to_mean_age
+from .profiles import decay_to_relative_std as decay_to_relative_std
+from .profiles import exponent_to_mean_age as exponent_to_mean_age
+from .profiles import exponent_to_relative_std as exponent_to_relative_std
+from .profiles import half_life_to_decay as half_life_to_decay
+from .profiles import mean_age_to_decay as mean_age_to_decay
+from .profiles import mean_age_to_exponent as mean_age_to_exponent
+from .profiles import profile_from_description as profile_from_description
+from .profiles import register_schedule as register_schedule
+from .profiles import relative_std_to_decay as relative_std_to_decay
+from .profiles import relative_std_to_exponent as relative_std_to_exponent
+from .profiles import scale_decay as scale_decay
+from .report import Report as Report
+from .targets import lerp_ as lerp_
+from .view import AverageView as AverageView
+
+__version__: str

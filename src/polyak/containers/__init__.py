@@ -1,0 +1,14 @@
+"""How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
+
+from .opening import damaged as damaged
+from .opening import open_content as open_content
+from .stored import ITEM_SIZES as ITEM_SIZES
+from .stored import Between as Between
+from .stored import Content as Content
+from .stored import Leaf as Leaf
+from .stored import Pieced as Pieced
+from .stored import Record as Record
+from .stored import Span as Span
+from .stored import Stored as Stored
+from .stored import dense_stride as dense_stride
+from .stored import leaves_of as leaves_of

@@ -1,0 +1,88 @@
+"""Folders of `torch.distributed.checkpoint`: a pickled index, and files with the pieces of each tensor.
+
+The library reads the index by running what is pickled in it, so here it is read as data. Each piece is a small archive
+of `torch.save` by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+from polyak.errors import FileFormatError
+
+from .archive import read_archive
+from .objects import find
+from .pickled import Name, unpickle
+from .stored import ITEM_SIZES, Leaf, Pieced, Record, Stored
+
+INDEX = ".metadata"
+_MODULES = ("torch.distributed.checkpoint.metadata.", "torch.distributed.checkpoint.filesystem.")
+
+
+def read_distributed(folder: Path) -> dict[str, Any]:
+    """The tensors of a folder by name; what is no tensor is left out."""
+    with (folder / INDEX).open("rb") as file:
+        index = unpickle(file, find=lambda name: find(name, skip_objects=False), persistent=_refuse)
+    described = _state(index, "Metadata")
+    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    for key, place in described["storage_data"].items():
+        at, where = _state(key, "MetadataIndex"), _state(place, "_StorageInfo")
+        if where.get("transform_descriptors"):
+            raise FileFormatError("is compressed, which is not read; load it with torch.distributed.checkpoint")
+        offset = tuple(_state(at["offset"])) if at.get("offset") is not None else ()
+        places[at["fqn"], offset] = (where["relative_path"], where["offset"], where["length"])
+    found: dict[str, Any] = {}
+    for name, entry in described["state_dict_metadata"].items():
+        if isinstance(entry, Record) and entry.of.endswith("TensorStorageMetadata"):
+            found[name] = _tensor(folder, name, _state(entry), places)
+    return found
+
+
+def _tensor(
+    folder: Path, name: str, entry: dict[str, Any], places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]
+) -> Leaf:
+    dtype = _dtype(_state(entry["properties"]))
+    shape = tuple(entry["size"])
+    pieces: list[tuple[tuple[int, ...], Stored]] = []
+    covered = 0
+    for chunk in entry["chunks"]:
+        sizes = _state(chunk)
+        offset, size = tuple(sizes["offsets"]), tuple(sizes["sizes"])
+        file, start, length = places.get((name, offset)) or places[name, ()]
+        if Path(file).name != file or not (folder / file).is_file():
+            raise FileFormatError(f"names the file {file[:80]!r} for {name[:80]!r}, which is not in it")
+        piece = read_archive(folder / file, skip_objects=False, offset=start, num_bytes=length)
+        if not isinstance(piece, Stored) or piece.shape != size or piece.dtype != dtype:
+            raise FileFormatError(f"is damaged: a piece of {name[:80]!r} is not what the index says")
+        if any(at < 0 or at + count > whole for at, count, whole in zip(offset, size, shape, strict=True)):
+            raise FileFormatError(f"is damaged: a piece of {name[:80]!r} lies outside of it")
+        covered += math.prod(size)
+        pieces.append((offset, piece))
+    if covered != math.prod(shape):
+        raise FileFormatError(
+            f"is damaged: the pieces of {name[:80]!r} have {covered:,} numbers of {math.prod(shape):,}"
+        )
+    return pieces[0][1] if len(pieces) == 1 else Pieced(dtype, shape, tuple(pieces))
+
+
+def _dtype(properties: Any) -> str:
+    """That of the properties, which are kept as a row of values or by name."""
+    found = cast("object", properties[0] if isinstance(properties, tuple) else properties["dtype"])
+    if not isinstance(found, Name) or found.name not in ITEM_SIZES:
+        raise FileFormatError("is damaged: a tensor of its index has no dtype")
+    return found.name
+
+
+def _state(record: object, of: str | None = None) -> Any:
+    """What an object of the index holds: its fields by name, or the values that it was made of."""
+    if not isinstance(record, Record) or (of is not None and not record.of.endswith(f".{of}")):
+        if of is None and isinstance(record, (tuple, list)):
+            return cast("Any", record)
+        raise FileFormatError("is damaged: its index has another form")
+    return record.state if record.state is not None else record.arguments
+
+
+def _refuse(_: object) -> Any:
+    raise FileFormatError("is damaged: its index refers to something outside of it")

@@ -1,0 +1,236 @@
+"""What may stand in a pickle beside plain containers, and what it is read as. A name that is not here is refused."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from polyak.errors import FileFormatError
+
+from .pickled import Name
+from .stored import ITEM_SIZES, Leaf, Record, Span, Stored, stored
+
+_STORAGES: Mapping[str, str] = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "ComplexFloatStorage": "complex64",
+    "ComplexDoubleStorage": "complex128",
+    "UntypedStorage": "uint8",
+}
+# Of numpy's scalars: what `struct` calls a dtype.
+_SIGNED = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
+_NUMBERS = {**_SIGNED, "u8": "Q", "u4": "I", "u2": "H", "u1": "B"}
+
+# Kept as records: data that trainers put beside the weights. None of these classes is imported or called. A name that
+# ends in a dot stands for all that begins with it.
+_RECORDS = (
+    "argparse.Namespace",
+    "collections.deque",
+    "datetime.",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "mmengine.config.config.ConfigDict",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "omegaconf.base.",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    "omegaconf.nodes.",
+    "pathlib.",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "torch.device",
+    "torch.distributed._tensor.",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.distributed.checkpoint.filesystem._StoragePrefix",
+    "torch.distributed.checkpoint.metadata.",
+    "torch.distributed.device_mesh.DeviceMesh",
+    "torch.distributed.tensor.",
+    "torch.serialization._get_layout",
+    "torch.torch_version.TorchVersion",
+    "types.SimpleNamespace",
+    "uuid.UUID",
+)
+# Tensors of kinds that are not averaged, and are left where they are.
+_OTHER_TENSORS = (
+    "torch._utils._rebuild_device_tensor_from_numpy",
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "torch._utils._rebuild_meta_tensor_no_storage",
+    "torch._utils._rebuild_nested_tensor",
+    "torch._utils._rebuild_qtensor",
+    "torch._utils._rebuild_sparse_tensor",
+    "torch._utils._rebuild_wrapper_subclass",
+)
+
+
+class StorageOf:
+    """What a persistent name stands for: a storage in the file and the dtype of its numbers."""
+
+    __slots__ = ("dtype", "span")
+
+    def __init__(self, dtype: str, span: Span) -> None:
+        self.dtype = dtype
+        self.span = span
+
+
+def find(name: str, *, skip_objects: bool) -> Name:
+    """What a class or function in a pickle is read as.
+
+    Args:
+        name: "module.name".
+        skip_objects: whether an unknown class is kept as a record, without being imported, instead of refused.
+
+    Raises:
+        FileFormatError: it is unknown.
+    """
+    if name in _READ:
+        return Name(name, _READ[name])
+    module, _, last = name.rpartition(".")
+    if module in ("torch", "torch.cuda", "torch.storage") and last in _STORAGES:
+        return Name(_STORAGES[last], _refuse_call(name))
+    if module == "torch" and last in ITEM_SIZES:
+        return Name(last, _refuse_call(name))
+    if skip_objects or any(name == known or (known[-1] == "." and name.startswith(known)) for known in _RECORDS):
+        return Name(name, _record(name))
+    raise FileFormatError(
+        f"holds the object {name}, whose loading could run code, and is not read. skip_objects=True reads the tensors "
+        "and plain values around it, and nothing runs; run_pickled_code=True runs the code, if you trust whoever wrote "
+        "the file"
+    )
+
+
+def storage(kind: object, span: Span) -> StorageOf:
+    """A storage whose class the pickle gives; an untyped one counts bytes."""
+    if not isinstance(kind, Name) or kind.name not in ITEM_SIZES:
+        raise FileFormatError("a storage in it is of no known kind")
+    return StorageOf(kind.name, span)
+
+
+def _record(name: str) -> Callable[..., Record]:
+    return lambda *arguments: Record(name, arguments)
+
+
+def _refuse_call(name: str) -> Callable[..., Any]:
+    def refuse(*_: object) -> Any:
+        raise FileFormatError(f"a pickle in it calls {name}, which no file of tensors needs")
+
+    return refuse
+
+
+def _tensor(*arguments: Any) -> Stored:
+    kept, start, shape, stride, *_ = arguments
+    if not isinstance(kept, StorageOf):
+        raise FileFormatError("a tensor in it has no storage")
+    return stored(kept.dtype, shape, stride, start, kept.span)
+
+
+def _tensor_of_dtype(*arguments: Any) -> Stored:
+    """As newer dtypes are kept: the storage has bytes, and the dtype stands beside it."""
+    kept, start, shape, stride, _, _, dtype, *_ = arguments
+    if not isinstance(kept, StorageOf) or not isinstance(dtype, Name):
+        raise FileFormatError("a tensor in it has no storage")
+    return stored(dtype.name, shape, stride, start, kept.span)
+
+
+def _tensor_with_attributes(*arguments: Any) -> Any:
+    """A tensor of a subclass, or one with attributes: the tensor that it is, where it is a plain one."""
+    function, kind, inner, *_ = arguments
+    if isinstance(function, Name) and isinstance(inner, tuple) and function.name in _TENSORS:
+        return function.call(*cast("tuple[Any, ...]", inner))
+    return Record(kind.name if isinstance(kind, Name) else "torch.Tensor", arguments)
+
+
+def _parameter(*arguments: Any) -> Leaf | Record:
+    tensor = arguments[0]
+    if not isinstance(tensor, (Stored, Record)):
+        raise FileFormatError("a parameter in it is no tensor")
+    return tensor
+
+
+def _dictionary(*arguments: Any) -> dict[Any, Any]:
+    """An empty dictionary, or one of pairs, as Python 2 kept it."""
+    pairs = cast("list[Any]", arguments[-1] if arguments and isinstance(arguments[-1], list) else [])
+    found: dict[Any, Any] = {}
+    for pair in pairs:
+        key, value = pair
+        if not isinstance(key, (str, int)):
+            raise FileFormatError("a pickle in it has a dictionary whose keys are neither names nor numbers")
+        found[key] = value
+    return found
+
+
+def _sequence(*arguments: Any) -> tuple[Any, ...]:
+    given = arguments[0] if arguments else ()
+    if not isinstance(given, (tuple, list)):
+        raise FileFormatError("a pickle in it makes a sequence of what is none")
+    return tuple(cast("tuple[Any, ...]", given))
+
+
+def _list(*arguments: Any) -> list[Any]:
+    return list(_sequence(*arguments))
+
+
+def _attribute(*arguments: Any) -> Record:
+    """A method of a class by its name, as mmengine keeps the statistics of its logs; only its name is kept."""
+    kind, name = arguments
+    if not isinstance(kind, Name) or not kind.name.startswith("mmengine.logging."):
+        raise FileFormatError("a pickle in it asks for an attribute, which no file of tensors needs")
+    return Record(f"{kind.name}.{name}")
+
+
+def _encode(*arguments: Any) -> bytes:
+    text, encoding = arguments
+    if not isinstance(text, str) or encoding != "latin1":
+        raise FileFormatError("a pickle in it encodes what is no text")
+    return text.encode("latin1")
+
+
+def _number(*arguments: Any) -> Any:
+    """A number of numpy's: its dtype and bytes."""
+    dtype, data = arguments
+    kind = dtype.arguments[0] if isinstance(dtype, Record) and dtype.of == "numpy.dtype" and dtype.arguments else None
+    if isinstance(kind, str) and isinstance(data, (bytes, bytearray)) and kind.lstrip("<|=") in _NUMBERS:
+        return struct.unpack(f"<{_NUMBERS[kind.lstrip('<|=')]}", data)[0]
+    return Record("numpy scalar", arguments)
+
+
+_TENSORS: Mapping[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    **{name: _record(name) for name in _OTHER_TENSORS},
+}
+_READ: Mapping[str, Callable[..., Any]] = {
+    **_TENSORS,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
+    "torch.Size": _sequence,
+    "collections.OrderedDict": _dictionary,
+    "collections.defaultdict": _dictionary,
+    "collections.Counter": lambda *_: {},
+    "_codecs.encode": _encode,
+    "numpy.core.multiarray.scalar": _number,
+    "numpy._core.multiarray.scalar": _number,
+    **{f"{module}.getattr": _attribute for module in ("builtins", "__builtin__")},
+    **{f"{module}.set": _list for module in ("builtins", "__builtin__")},
+    **{f"{module}.frozenset": _list for module in ("builtins", "__builtin__")},
+    **{f"{module}.list": _list for module in ("builtins", "__builtin__")},
+    **{f"{module}.tuple": _sequence for module in ("builtins", "__builtin__")},
+    **{f"{module}.dict": _dictionary for module in ("builtins", "__builtin__")},
+    # Factories of a defaultdict: named, never called.
+    **{f"builtins.{name}": _refuse_call(f"builtins.{name}") for name in ("int", "float", "str", "bool")},
+}

@@ -1,0 +1,62 @@
+"""Files of safetensors: the library checks them, and the header says where the bytes are."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from polyak.errors import FileFormatError
+
+from .stored import Span, Stored, dense_stride, stored
+
+DTYPES: Mapping[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_MAX_HEADER = 100_000_000
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file that begins so has a header of JSON behind its length."""
+    return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
+    # It comes from the library's own core, and does not need torch.
+    from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]  # its parts have no types
+
+    with cast("Any", safe_open)(path, framework="numpy") as checked:
+        names: set[str] = set(checked.keys())
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    assert header.keys() == names
+    tensors: dict[str, Stored] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in DTYPES:
+            raise FileFormatError(f"has the tensor {name[:80]!r} of dtype {entry['dtype']}, which is not read")
+        span = Span(path, 8 + length + begin, end - begin)
+        tensors[name] = stored(DTYPES[entry["dtype"]], shape, dense_stride(shape), 0, span)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata

@@ -1,0 +1,180 @@
+"""Tensors that lie in files: what they are and where their bytes are, before anyone has read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from polyak.errors import FileFormatError
+
+ITEM_SIZES: Mapping[str, int] = {
+    **dict.fromkeys(("bool", "uint8", "int8"), 1),
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
+    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
+    **dict.fromkeys(("int32", "uint32", "float32"), 4),
+    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
+    "complex128": 16,
+}
+_MAX_DIMENSIONS = 64
+_SLACK = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of bytes in a file: where a storage lies, which several tensors may share."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file: number `i, j, ...` is element `start + i * stride[0] + j * stride[1] + ...` of the span."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int
+    span: Span
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, when it is by itself."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its numbers lie one after the other."""
+        return math.prod(self.shape) < 2 or self.stride == dense_stride(self.shape, like=self.stride)
+
+
+@dataclass(frozen=True, slots=True)
+class Pieced:
+    """A tensor in several pieces, each with the place of its first element."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[tuple[tuple[int, ...], Stored], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, when it is whole."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """A tensor that a file gives by two others: `start + weight * (end - start)`."""
+
+    start: Stored
+    end: Stored
+    weight: float
+
+    @property
+    def dtype(self) -> str:
+        """That of the two."""
+        return self.start.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the two."""
+        return self.start.shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor, when it is computed."""
+        return self.start.num_bytes
+
+
+Leaf: TypeAlias = Stored | Pieced | Between
+
+
+@dataclass(slots=True, eq=False)
+class Record:
+    """An object that was pickled and is not made again: its class by name, and the data that was kept with it."""
+
+    of: str
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is in a file or a folder: a tree of dictionaries and lists with tensors in it, none of them read yet."""
+
+    path: Path
+    kind: str
+    tree: dict[Any, Any]
+    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    num_bytes: int = 0
+
+
+def dense_stride(shape: tuple[int, ...], *, like: tuple[int, ...] | None = None) -> tuple[int, ...]:
+    """The stride of a tensor whose numbers lie in order; where a dimension is 1, that of `like`, for it never counts.
+
+    Example:
+        >>> dense_stride((2, 3, 4))
+        (12, 4, 1)
+    """
+    stride, step = [0] * len(shape), 1
+    for dimension in reversed(range(len(shape))):
+        stride[dimension] = like[dimension] if like is not None and shape[dimension] == 1 else step
+        step *= max(shape[dimension], 1)
+    return tuple(stride)
+
+
+def stored(
+    dtype: object, shape: object, stride: object, start: object, span: Span, *, what: str = "a tensor"
+) -> Stored:
+    """A tensor as a file describes it, once that is known to lie within its storage and to take no absurd memory.
+
+    Raises:
+        FileFormatError: it does not.
+    """
+    sizes, steps = _counts(shape), _counts(stride)
+    right = isinstance(dtype, str) and dtype in ITEM_SIZES and type(start) is int and start >= 0
+    if not right or sizes is None or steps is None or len(sizes) != len(steps) or len(sizes) > _MAX_DIMENSIONS:
+        raise FileFormatError(f"is damaged: {what} in it has an impossible form")
+    assert isinstance(dtype, str)
+    assert isinstance(start, int)
+    size = ITEM_SIZES[dtype]
+    if math.prod(sizes):
+        last = start + sum((count - 1) * step for count, step in zip(sizes, steps, strict=True))
+        if (last + 1) * size > span.num_bytes:
+            raise FileFormatError(
+                f"is damaged: {what} in it reaches byte {(last + 1) * size:,} of a storage of {span.num_bytes:,}"
+            )
+        # A stride of 0 makes a tensor of any size out of one number.
+        if math.prod(sizes) * size > 16 * span.num_bytes + _SLACK:
+            raise FileFormatError(
+                f"is not read: {what} in it repeats {span.num_bytes:,} bytes to fill {math.prod(sizes) * size:,}"
+            )
+    elif max(sizes, default=0) > 1 << 62:
+        raise FileFormatError(f"is damaged: {what} in it has an impossible form")
+    return Stored(dtype, sizes, steps, start, span)
+
+
+def _counts(values: object) -> tuple[int, ...] | None:
+    if not isinstance(values, (tuple, list)):
+        return None
+    found: list[int] = []
+    for value in values:  # pyright: ignore[reportUnknownVariableType]
+        if type(value) is not int or not 0 <= value < 1 << 63:  # pyright: ignore[reportUnknownArgumentType]
+            return None
+        found.append(value)
+    return tuple(found)
+
+
+def leaves_of(leaf: Leaf) -> Iterator[Stored]:
+    """The parts of a file that a tensor is made of."""
+    match leaf:
+        case Stored():
+            yield leaf
+        case Pieced():
+            yield from (piece for _, piece in leaf.pieces)
+        case Between():
+            yield from (leaf.start, leaf.end)
