@@ -1,4 +1,4 @@
-"""Files of `torch.save`: a zip archive with one pickle and the bytes of each storage, or, before 1.6, a row of pickles."""
+"""Files of `torch.save`: a zip archive of one pickle and the bytes of each storage; before 1.6, a row of pickles."""
 
 from __future__ import annotations
 
