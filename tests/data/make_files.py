@@ -1,0 +1,50 @@
+"""Writes what other libraries save, with the libraries themselves, for the tests that read it.
+
+python tests/data/make_files.py [case ...]
+
+Each case is a folder of `tests/data/files`: the file or folder as the library wrote it, `expected.safetensors` with the
+tensors that the library had in memory, and `about.json`. Every case runs in a process of its own, as some libraries
+need a module that others must not see. Versions are in each `about.json`; `makers/requirements.txt` installs them.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from makers import diffusion, libraries, scripts, sharded, trainers
+from makers.common import CASES, FILES
+
+MODULES = (libraries, diffusion, trainers, sharded, scripts)
+
+
+def make(name: str) -> None:
+    """Writes one case to a folder beside, which then takes the place of the old one."""
+    FILES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=FILES) as temporary:
+        folder = Path(temporary) / name
+        folder.mkdir()
+        CASES[name](folder)
+        shutil.rmtree(FILES / name, ignore_errors=True)
+        folder.rename(FILES / name)
+
+
+def main(names: list[str]) -> int:
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        print(f"no such case: {', '.join(unknown)}; there are {', '.join(sorted(CASES))}")
+        return 2
+    if len(names) == 1:
+        make(names[0])
+        return 0
+    failed = [name for name in names or CASES if subprocess.run([sys.executable, __file__, name]).returncode]
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
