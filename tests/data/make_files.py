@@ -9,6 +9,7 @@ need a module that others must not see. Versions are in each `about.json`; `make
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -22,14 +23,16 @@ MODULES = (libraries, diffusion, trainers, sharded, scripts)
 
 
 def make(name: str) -> None:
-    """Writes one case to a folder beside, which then takes the place of the old one."""
-    FILES.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=FILES) as temporary:
-        folder = Path(temporary) / name
+    """Writes one case to a temporary folder, which then takes the place of the old one."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, besides = Path(temporary) / name, Path(temporary) / "besides"
         folder.mkdir()
-        CASES[name](folder)
+        # What a library writes besides, to the folder that it is run in, is not kept.
+        besides.mkdir()
+        with contextlib.chdir(besides):
+            CASES[name](folder)
         shutil.rmtree(FILES / name, ignore_errors=True)
-        folder.rename(FILES / name)
+        shutil.copytree(folder, FILES / name)
 
 
 def main(names: list[str]) -> int:
