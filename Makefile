@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench fuzz format clean
 
 demo: .venv/demo-is-installed
 	$(BIN)/python examples/digits.py
@@ -20,6 +20,10 @@ check: .venv/all-is-installed
 
 bench: .venv/bench-is-installed
 	$(BIN)/python -m benchmarks
+
+# Broken files of every layout: each must be refused in one kind of error, or read rightly.
+fuzz: .venv/all-is-installed
+	$(BIN)/python tests/fuzz.py --files 100000
 
 format: .venv/all-is-installed
 	$(BIN)/ruff format .

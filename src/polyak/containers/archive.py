@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -52,8 +54,13 @@ def read_archive(path: Path, *, skip_objects: bool, offset: int = 0, num_bytes: 
                 raise FileFormatError(f"has no storage {str(key)[:40]!r}, which a tensor in it needs")
             return storage(kind, spans[f"{root}/data/{key}"])
 
-        pickled = BytesIO(_bytes(file, spans[f"{root}/data.pkl"]))
-        return unpickle(pickled, find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent)
+        pickled = _bytes(file, spans[f"{root}/data.pkl"])
+        # torch.save writes 0 where it was told to compute no checksums.
+        if archive.getinfo(f"{root}/data.pkl").CRC not in (0, zlib.crc32(pickled)):
+            raise FileFormatError("is damaged: its data.pkl is not what was written, by its checksum")
+        return unpickle(
+            BytesIO(pickled), find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent
+        )
 
 
 def _records(path: Path, file: BinaryIO, archive: zipfile.ZipFile, *, offset: int) -> dict[str, Span]:
@@ -114,7 +121,8 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
             raise FileFormatError(f"is damaged: it has {size:,} bytes, and a storage in it {num_bytes:,}")
         return found.get(str(key)) or declared.setdefault(str(key), StorageOf(known.dtype, Span(path, 0, num_bytes)))
 
-    with path.open("rb") as file:
+    with path.open("rb") as opened:
+        file = cast("BinaryIO", _Window(opened, 0, size))
 
         def read() -> Any:
             return unpickle(file, find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent)
@@ -145,7 +153,7 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
 
 
 class _Window(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A stretch of a file as a file of its own. However many bytes are asked for, it takes memory for those it has."""
 
     def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
         self._file = file
@@ -170,8 +178,14 @@ class _Window(io.RawIOBase):
         return self._place
 
     def read(self, size: int | None = -1) -> bytes:
+        return self._take(size, self._file.read)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._take(size, self._file.readline)
+
+    def _take(self, size: int | None, function: Callable[[int], bytes]) -> bytes:
         left = max(self._num_bytes - self._place, 0)
         self._file.seek(self._offset + self._place)
-        data = self._file.read(left if size is None or size < 0 else min(size, left))
+        data = function(left if size is None or size < 0 else min(size, left))
         self._place += len(data)
         return data

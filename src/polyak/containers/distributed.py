@@ -7,6 +7,7 @@ of `torch.save` by itself.
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,7 @@ _MODULES = ("torch.distributed.checkpoint.metadata.", "torch.distributed.checkpo
 
 def read_distributed(folder: Path) -> dict[str, Any]:
     """The tensors of a folder by name; what is no tensor is left out."""
-    with (folder / INDEX).open("rb") as file:
+    with BytesIO((folder / INDEX).read_bytes()) as file:
         index = unpickle(file, find=lambda name: find(name, skip_objects=False), persistent=_refuse)
     described = _state(index, "Metadata")
     places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}

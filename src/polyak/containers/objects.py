@@ -183,6 +183,13 @@ def _list(*arguments: Any) -> list[Any]:
     return list(_sequence(*arguments))
 
 
+def _no_bytes(*arguments: Any) -> bytes:
+    """Empty bytes, as protocol 2 keeps them; a number would ask for memory."""
+    if arguments:
+        raise FileFormatError("a pickle in it calls builtins.bytes, which no file of tensors needs")
+    return b""
+
+
 def _attribute(*arguments: Any) -> Record:
     """A method of a class by its name, as mmengine keeps the statistics of its logs; only its name is kept."""
     kind, name = arguments
@@ -229,6 +236,7 @@ _READ: Mapping[str, Callable[..., Any]] = {
     **{f"{module}.set": _list for module in ("builtins", "__builtin__")},
     **{f"{module}.frozenset": _list for module in ("builtins", "__builtin__")},
     **{f"{module}.list": _list for module in ("builtins", "__builtin__")},
+    **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
     **{f"{module}.tuple": _sequence for module in ("builtins", "__builtin__")},
     **{f"{module}.dict": _dictionary for module in ("builtins", "__builtin__")},
     # Factories of a defaultdict: named, never called.

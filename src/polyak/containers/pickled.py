@@ -35,14 +35,10 @@ class _Mark:
 
 
 _MARK = _Mark()
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_EMPTY: dict[str, Callable[[], Any]] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": list}
 _NUMBERS = "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT"
 _TEXTS = "STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8"
-_PUSHED = frozenset(f"{_NUMBERS} {_TEXTS} BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split())
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_PUTS = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-_GETS = frozenset({"GET", "BINGET", "LONG_BINGET"})
+_BYTES = "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
+_IGNORED = "PROTO FRAME STOP"
 
 
 def unpickle(stream: BinaryIO, *, find: Callable[[str], Name], persistent: Callable[[Any], Any]) -> Any:
@@ -58,8 +54,12 @@ def unpickle(stream: BinaryIO, *, find: Callable[[str], Name], persistent: Calla
         Exception: what `find` and `persistent` raise; and, of a damaged pickle, whatever its bytes lead to.
     """
     machine = _Machine(find, persistent)
+    operations = machine.operations()
     for operation, argument, _ in pickletools.genops(stream):
-        machine.step(operation.name, argument)
+        run = operations.get(operation.name)
+        if run is None:
+            raise FileFormatError(f"a pickle in it has the operation {operation.name}, which no file of tensors needs")
+        run(argument)
     return machine.result()
 
 
@@ -72,32 +72,46 @@ class _Machine:
         self.stack: list[Any] = []
         self.memory: dict[int, Any] = {}
 
-    def step(self, name: str, argument: Any) -> None:
-        stack = self.stack
-        if name in _PUSHED:
-            stack.append(argument)
-        elif name in _PUTS:
-            self.memory[int(argument)] = stack[-1]
-        elif name == "MEMOIZE":
-            self.memory[len(self.memory)] = stack[-1]
-        elif name in _GETS:
-            stack.append(self.memory[int(argument)])
-        elif name == "MARK":
-            stack.append(_MARK)
-        elif name in _TUPLES:
-            count = _TUPLES[name]
-            stack[-count:] = [tuple(self.last(count))]
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name])
-        elif name in _EMPTY:
-            stack.append(_EMPTY[name]())
-        elif name in ("PROTO", "FRAME", "STOP"):
-            pass
-        else:
-            operation = getattr(self, f"_{name.lower()}", None)
-            if operation is None:
-                raise FileFormatError(f"a pickle in it has the operation {name}, which no file of tensors needs")
-            operation(argument)
+    def operations(self) -> dict[str, Callable[[Any], object]]:
+        """What is done for each operation of a pickle; there is no other."""
+        push = self.stack.append
+        return {
+            **dict.fromkeys(f"{_NUMBERS} {_TEXTS} {_BYTES}".split(), push),
+            **dict.fromkeys(_IGNORED.split(), lambda _: None),
+            **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), self.put),
+            **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda place: push(self.memory[int(place)])),
+            "MEMOIZE": lambda _: self.put(len(self.memory)),
+            "MARK": lambda _: push(_MARK),
+            "NONE": push,
+            "NEWTRUE": lambda _: push(True),
+            "NEWFALSE": lambda _: push(False),
+            "EMPTY_DICT": lambda _: push({}),
+            "EMPTY_LIST": lambda _: push([]),
+            "EMPTY_SET": lambda _: push([]),
+            "EMPTY_TUPLE": lambda _: push(()),
+            "TUPLE1": lambda _: push(tuple(self.take(1))),
+            "TUPLE2": lambda _: push(tuple(self.take(2))),
+            "TUPLE3": lambda _: push(tuple(self.take(3))),
+            "TUPLE": lambda _: push(tuple(self.take_to_mark())),
+            "LIST": lambda _: push(self.take_to_mark()),
+            "FROZENSET": lambda _: push(self.take_to_mark()),
+            "DICT": lambda _: self.make_dictionary(self.take_to_mark()),
+            "SETITEM": lambda _: self.set_items(self.take(2)),
+            "SETITEMS": lambda _: self.set_items(self.take_to_mark()),
+            "APPEND": lambda _: self.extend(self.take(1)),
+            "APPENDS": lambda _: self.extend(self.take_to_mark()),
+            "ADDITEMS": lambda _: self.extend(self.take_to_mark()),
+            "POP": lambda _: self.stack.pop(),
+            "POP_MARK": lambda _: self.take_to_mark(),
+            "DUP": lambda _: push(self.last(1)[0]),
+            "GLOBAL": lambda name: push(self.find(name.replace(" ", ".", 1))),
+            "STACK_GLOBAL": lambda _: self.name(*self.take(2)),
+            "BINPERSID": lambda _: push(self.persistent(self.take(1)[0])),
+            "REDUCE": lambda _: self.call(*self.take(2)),
+            "NEWOBJ": lambda _: self.call(*self.take(2)),
+            "NEWOBJ_EX": lambda _: self.call(*self.take(3)[:2]),
+            "BUILD": lambda _: self.build(self.take(1)[0]),
+        }
 
     def last(self, count: int) -> list[Any]:
         """The last values on the stack, which stay there."""
@@ -106,12 +120,13 @@ class _Machine:
             raise FileFormatError("a pickle in it is damaged: a value is missing")
         return values
 
-    def pop(self) -> Any:
-        value = self.last(1)[0]
-        del self.stack[-1]
-        return value
+    def take(self, count: int) -> list[Any]:
+        """The last values on the stack, taken from it."""
+        values = self.last(count)
+        del self.stack[-count:]
+        return values
 
-    def pop_to_mark(self) -> list[Any]:
+    def take_to_mark(self) -> list[Any]:
         place = len(self.stack) - 1
         while self.stack[place] is not _MARK:
             place -= 1
@@ -121,41 +136,17 @@ class _Machine:
         del self.stack[place:]
         return values
 
+    def put(self, place: Any) -> None:
+        self.memory[int(place)] = self.stack[-1]
+
     def result(self) -> Any:
         if len(self.stack) != 1:
             raise FileFormatError("a pickle in it is damaged: it ends in the middle")
-        return self.pop()
+        return self.take(1)[0]
 
-    def _pop(self, _: None) -> None:
-        del self.stack[-1]
-
-    def _pop_mark(self, _: None) -> None:
-        self.pop_to_mark()
-
-    def _dup(self, _: None) -> None:
-        self.stack.append(self.last(1)[0])
-
-    def _tuple(self, _: None) -> None:
-        self.stack.append(tuple(self.pop_to_mark()))
-
-    def _list(self, _: None) -> None:
-        self.stack.append(self.pop_to_mark())
-
-    def _frozenset(self, _: None) -> None:
-        self.stack.append(self.pop_to_mark())
-
-    def _dict(self, _: None) -> None:
-        values = self.pop_to_mark()
+    def make_dictionary(self, values: list[Any]) -> None:
         self.stack.append({})
         self.set_items(values)
-
-    def _setitem(self, _: None) -> None:
-        values = self.last(2)
-        del self.stack[-2:]
-        self.set_items(values)
-
-    def _setitems(self, _: None) -> None:
-        self.set_items(self.pop_to_mark())
 
     def set_items(self, values: list[Any]) -> None:
         target = self.last(1)[0]
@@ -168,14 +159,6 @@ class _Machine:
         for key, value in zip(values[::2], values[1::2], strict=True):
             dictionary[_key(key)] = value
 
-    def _append(self, _: None) -> None:
-        self.extend([self.pop()])
-
-    def _appends(self, _: None) -> None:
-        self.extend(self.pop_to_mark())
-
-    _additems = _appends
-
     def extend(self, values: list[Any]) -> None:
         target = self.last(1)[0]
         if isinstance(target, Record):
@@ -184,38 +167,17 @@ class _Machine:
             raise FileFormatError("a pickle in it is damaged: values are appended to what is no list")
         cast("list[Any]", target).extend(values)
 
-    def _global(self, argument: str) -> None:
-        self.stack.append(self.find(argument.replace(" ", ".", 1)))
-
-    def _stack_global(self, _: None) -> None:
-        module, name = self.last(2)
-        del self.stack[-2:]
+    def name(self, module: object, name: object) -> None:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise FileFormatError("a pickle in it is damaged: a name is no text")
         self.stack.append(self.find(f"{module}.{name}"))
-
-    def _binpersid(self, _: None) -> None:
-        self.stack.append(self.persistent(self.pop()))
-
-    def _reduce(self, _: None) -> None:
-        function, arguments = self.last(2)
-        del self.stack[-2:]
-        self.call(function, arguments)
-
-    _newobj = _reduce
-
-    def _newobj_ex(self, _: None) -> None:
-        function, arguments, _keywords = self.last(3)
-        del self.stack[-3:]
-        self.call(function, arguments)
 
     def call(self, function: object, arguments: object) -> None:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise FileFormatError("a pickle in it is damaged: it calls what is no function")
         self.stack.append(function.call(*cast("tuple[Any, ...]", arguments)))
 
-    def _build(self, _: None) -> None:
-        state = self.pop()
+    def build(self, state: object) -> None:
         target = self.last(1)[0]
         if isinstance(target, Record):
             target.state = state

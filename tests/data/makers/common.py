@@ -110,7 +110,9 @@ def write(
         decay: the decay if the file has it.
         more: anything else worth noting.
     """
-    expected = {f"average/{name}/{key}": tensor for name, tensors in averages.items() for key, tensor in tensors.items()}
+    expected = {
+        f"average/{name}/{key}": tensor for name, tensors in averages.items() for key, tensor in tensors.items()
+    }
     expected |= {f"raw/{key}": tensor for key, tensor in (raw or {}).items()}
     save_file(copied(expected), folder / "expected.safetensors")
     assert (folder / path).exists(), path

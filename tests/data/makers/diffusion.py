@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from makers.common import STEPS, case, tiny, train, write
+from makers.common import STEPS, case, train, write
 
 
 def _diffusers(tied: bool = False):

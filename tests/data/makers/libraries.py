@@ -81,7 +81,9 @@ def timm_module(folder: Path) -> None:
     ema = ModelEmaV2(model, decay=0.9)
     train(model, after_step=lambda step: ema.update(model))
     torch.save(ema.state_dict(), folder / "ema.pth")
-    write(folder, path="ema.pth", format="timm-module", libraries=["timm"], averages={"average": ema.module.state_dict()})
+    write(
+        folder, path="ema.pth", format="timm-module", libraries=["timm"], averages={"average": ema.module.state_dict()}
+    )
 
 
 @case("timm-module-v3")
@@ -93,7 +95,9 @@ def timm_module_v3(folder: Path) -> None:
     ema = ModelEmaV3(model, decay=0.9, use_warmup=True)
     train(model, after_step=lambda step: ema.update(model, step=step))
     torch.save(ema.state_dict(), folder / "ema.pth")
-    write(folder, path="ema.pth", format="timm-module", libraries=["timm"], averages={"average": ema.module.state_dict()})
+    write(
+        folder, path="ema.pth", format="timm-module", libraries=["timm"], averages={"average": ema.module.state_dict()}
+    )
 
 
 @case("timm-avg")
@@ -137,7 +141,7 @@ def _timm_avg(folder: Path, name: str, options: list[str]) -> None:
             sys.argv = arguments
     # What the script has in memory: sums in double precision, divided, as float32, also what was an integer.
     average = {key: (total / 3).float() for key, total in sums.items()}
-    write(folder, path=name, format="timm-avg", libraries=["timm"], averages={"average": average})
+    write(folder, path=name, format="plain", libraries=["timm"], averages={"average": average})
 
 
 @case("model-ema")
@@ -217,7 +221,7 @@ def torchvision_reference(folder: Path) -> None:
     write(
         folder,
         path="model_0.pth",
-        format="torchvision",
+        format="torch",
         libraries=[],
         averages={"average": averaged.module.state_dict()},
         raw=model.state_dict(),

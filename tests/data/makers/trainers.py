@@ -103,7 +103,9 @@ def lightning_weight_averaging(folder: Path) -> None:
 def lightning_swa(folder: Path) -> None:
     from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-    seen = _lightning(folder, StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=2), held=False)
+    seen = _lightning(
+        folder, StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=2), held=False
+    )
     write(folder, format="lightning-swa", **seen)
 
 

@@ -1,0 +1,362 @@
+"""Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import polyak
+import zoo
+from polyak.layouts import LAYOUTS
+
+FILES = Path(__file__).parent / "data" / "files"
+CASES = sorted(folder.name for folder in FILES.iterdir() if (folder / "about.json").exists())
+
+
+def case(name):
+    about = json.loads((FILES / name / "about.json").read_text())
+    expected = load_file(FILES / name / "expected.safetensors")
+    averages, raw = {}, {}
+    for key, tensor in expected.items():
+        kind, _, rest = key.partition("/")
+        if kind == "raw":
+            raw[rest] = tensor
+        else:
+            average, _, tensor_name = rest.partition("/")
+            averages.setdefault(average, {})[tensor_name] = tensor
+    return about, averages, raw
+
+
+def read(name, **options):
+    about, _, _ = case(name)
+    if about.get("positional"):
+        options = {"names": about["names"], **options}
+    return polyak.read(FILES / name / about["path"], **options)
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("name", CASES)
+def test_every_tensor_is_what_the_library_held(name):
+    about, averages, raw = case(name)
+    checkpoint = read(name)
+    assert checkpoint.format == about["format"]
+    assert checkpoint.averages.keys() == averages.keys()
+    for average, tensors in averages.items():
+        assert zoo.bit_equal(dict(checkpoint.averages[average]), tensors)
+    assert zoo.bit_equal(dict(checkpoint.raw_weights or {}), raw)
+    assert about["counters"].items() <= checkpoint.counters.items()
+    assert checkpoint.decay == about["decay"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_format_can_be_forced(name):
+    about, averages, _ = case(name)
+    assert read(name, format=about["format"]).averages.keys() == averages.keys()
+
+
+def test_each_layout_has_a_file_or_a_test_of_its_own():
+    tested = {case(name)[0]["format"] for name in CASES}
+    written_here = {"basicsr", "dino", "key", "weights", "olmo-core", "edm2-traditional", "timm-module", "composer-swa"}
+    assert {layout.name for layout in LAYOUTS} - tested - written_here == set()
+
+
+def doubled(tensors):
+    return {name: 2 * tensor for name, tensor in tensors.items()}
+
+
+@pytest.fixture
+def weights():
+    return {"layer.weight": torch.randn(2, 3), "layer.bias": torch.randn(2)}
+
+
+def save(tmp_path, content, name="checkpoint.pth"):
+    torch.save(content, tmp_path / name)
+    return tmp_path / name
+
+
+class TestLayoutsWithoutAFile:
+    def test_basicsr(self, tmp_path, weights):
+        checkpoint = polyak.read(save(tmp_path, {"params": doubled(weights), "params_ema": weights}))
+        assert checkpoint.format == "basicsr"
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+
+    def test_dino(self, tmp_path, weights):
+        teacher = {f"module.{name}": tensor for name, tensor in weights.items()}
+        checkpoint = polyak.read(save(tmp_path, {"student": doubled(teacher), "teacher": teacher, "epoch": 4}))
+        assert (checkpoint.format, checkpoint.counters) == ("dino", {"epoch": 4})
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), doubled(weights))
+
+    def test_a_key_of_ones_own(self, tmp_path, weights):
+        checkpoint = polyak.read(save(tmp_path, {"model": doubled(weights), "ema_net": weights, "step": 7}))
+        assert (checkpoint.format, checkpoint.counters) == ("key", {"step": 7})
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), doubled(weights))
+
+    def test_several_keys_of_ones_own(self, tmp_path, weights):
+        content = {"model": weights, "ema_0.99": weights, "ema_0.999": doubled(weights)}
+        checkpoint = polyak.read(save(tmp_path, content))
+        assert sorted(checkpoint.averages) == ["ema_0.99", "ema_0.999"]
+        with pytest.raises(polyak.FileFormatError, match=r"has several averages, 'ema_0.99', 'ema_0.999'; take one of"):
+            _ = checkpoint.average
+
+    def test_no_average(self, tmp_path, weights):
+        checkpoint = polyak.read(save(tmp_path, {"state_dict": weights, "epoch": 1}))
+        assert (checkpoint.format, dict(checkpoint.averages)) == ("weights", {})
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), weights)
+        with pytest.raises(polyak.FileFormatError, match=r"has no average, but only raw weights; take \.raw_weights"):
+            _ = checkpoint.average
+
+    def test_the_other_training_state_of_edm2(self, tmp_path, weights):
+        content = {"state": {"cur_nimg": 4096}, "net": doubled(weights), "ema": weights}
+        checkpoint = polyak.read(save(tmp_path, content, "training-state-0000004.pt"))
+        assert (checkpoint.format, checkpoint.counters) == ("edm2-traditional", {"cur_nimg": 4096})
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+
+    def test_olmo_core(self, tmp_path, weights):
+        import torch.distributed.checkpoint as dcp
+
+        folder = tmp_path / "step5-merged" / "model_and_optim"
+        with pytest.warns(UserWarning, match="single process"):
+            dcp.save({"model": weights, "optim": {"state": doubled(weights)}}, checkpoint_id=folder)
+        checkpoint = polyak.read(folder)
+        assert (checkpoint.format, checkpoint.counters) == ("olmo-core", {"step": 5})
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+
+    def test_composer_swa(self, tmp_path, weights):
+        wrapped = {f"module.{name}": tensor for name, tensor in weights.items()}
+        kept = {"swa_model": {"n_averaged": torch.tensor(3), **wrapped}, "swa_completed": False, "step_counter": 9}
+        state = {"model": doubled(weights), "algorithms": [("LabelSmoothing", {"repr": ""}), ("SWA", kept)]}
+        checkpoint = polyak.read(save(tmp_path, {"state": state, "rng": []}))
+        assert (checkpoint.format, checkpoint.counters) == ("composer-swa", {"n_averaged": 3, "step_counter": 9})
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+
+
+class TestWhichLayout:
+    def test_two_that_fit_are_named(self, tmp_path, weights):
+        path = save(tmp_path, {"state_dict": weights, "state_dict_ema": weights, "ema_state": weights})
+        with pytest.raises(
+            polyak.FileFormatError,
+            match=r"checkpoint.pth' could be of several formats: 'timm' and 'd2go'. Choose one by format=",
+        ):
+            polyak.read(path)
+        assert polyak.read(path, format="d2go").format == "d2go"
+
+    def test_none_that_fits(self, tmp_path):
+        with pytest.raises(polyak.FileFormatError, match=r"x.pt' is of no known format; it has 'optimizer', 'epoch'"):
+            polyak.read(save(tmp_path, {"optimizer": {"state": {}}, "epoch": 3}, "x.pt"))
+        with pytest.raises(polyak.FileFormatError, match=r"is not of the format 'timm'; it has 'model'"):
+            polyak.read(save(tmp_path, {"model": {"a": torch.ones(1)}}), format="timm")
+        with pytest.raises(polyak.FileFormatError, match=r"format='tim' is unknown; there are timm, timm-module, "):
+            polyak.read(save(tmp_path, {"model": {"a": torch.ones(1)}}), format="tim")
+
+    def test_under_a_key_of_ones_own(self, tmp_path, weights):
+        """What libraries give by state_dict(), people keep in dictionaries of their own."""
+        averaged = torch.optim.swa_utils.AveragedModel(torch.nn.Linear(3, 2))
+        content = {"net": torch.nn.Linear(3, 2).state_dict(), "my_average": averaged.state_dict(), "step": 3}
+        checkpoint = polyak.read(save(tmp_path, content))
+        assert (checkpoint.format, checkpoint.counters) == ("torch", {"step": 3, "n_averaged": 0})
+        assert "found under 'my_average'" in checkpoint.notes
+        assert zoo.bit_equal(dict(checkpoint.average), averaged.module.state_dict())
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), content["net"])
+
+    def test_a_new_layout_is_a_row(self, tmp_path, weights):
+        from polyak.containers import open_content
+        from polyak.layouts.finding import find_layout
+        from polyak.layouts.layout import Layout
+
+        row = Layout(
+            name="made-up",
+            writer="nobody",
+            average=("smooth.{}.weights/of_*",),
+            raw=("rough/*",),
+            counters=("progress/steps",),
+            decay="smoothness",
+        )
+        given = {f"of_{name}": tensor for name, tensor in weights.items()}
+        content = {
+            "smooth.long.weights": given,
+            "smooth.short.weights": doubled(given),
+            "rough": weights,
+            "progress": {"steps": 12},
+            "smoothness": 0.5,
+        }
+        path = save(tmp_path, content)
+        found = find_layout(open_content(path), open_beside=open_content, layouts=(*LAYOUTS, row))
+        assert (found.layout.name, found.counters, found.decay) == ("made-up", {"steps": 12}, 0.5)
+        assert {name: sorted(average) for name, average in found.averages.items()} == {
+            "long": sorted(weights),
+            "short": sorted(weights),
+        }
+        with pytest.raises(polyak.FileFormatError, match="of no known format"):
+            polyak.read(path)
+
+
+class TestNames:
+    def test_positions_need_names(self):
+        checkpoint = polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"])
+        assert checkpoint.missing == ("names",)
+        assert sorted(checkpoint.average, key=int) == [str(place) for place in range(len(checkpoint.average))]
+        assert "its tensors have no names, but positions: give model= or names=" in checkpoint.notes
+
+    def test_as_many_names_as_tensors(self, tmp_path):
+        content = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(1)] * 2, "collected_params": None}
+        with pytest.raises(
+            polyak.MismatchError, match=r"there are 2 tensors without names, and 1 names for them: 'a'. Give the"
+        ):
+            polyak.read(save(tmp_path, content), names=["a"])
+        with pytest.raises(TypeError, match="names: a list of names of parameters is needed"):
+            polyak.read(save(tmp_path, content), names="ab")
+        with pytest.raises(ValueError, match="names= and model= are both given"):
+            polyak.read(save(tmp_path, content), names=["a", "b"], model=zoo.mlp())
+
+    def test_a_model_gives_them(self, tmp_path):
+        torch_ema = pytest.importorskip("torch_ema")
+        model = zoo.TiedTransformer()
+        ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.5)
+        zoo.drift(model)
+        ema.update()
+        checkpoint = polyak.read(save(tmp_path, {"ema": ema.state_dict()}), model=model)
+        with ema.average_parameters():
+            named = dict(model.named_parameters(remove_duplicate=False))
+            assert zoo.bit_equal(dict(checkpoint.average), named)
+
+    def test_only_the_trained_ones_may_be_averaged(self, tmp_path):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        model[0].requires_grad_(False)
+        content = {"shadow_params": [torch.ones(2, 2), torch.ones(2)], "num_updates": 1, "decay": 0.9}
+        checkpoint = polyak.read(save(tmp_path, content), model=model)
+        assert sorted(checkpoint.average) == ["1.bias", "1.weight"]
+        assert checkpoint.missing == ("0.weight", "0.bias")
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    def test_wrappers_leave_no_trace(self, tmp_path, weights, prefix):
+        wrapped = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+        checkpoint = polyak.read(save(tmp_path, {"state_dict_ema": wrapped, "state_dict": wrapped}))
+        assert checkpoint.average.keys() == weights.keys() == checkpoint.raw_weights.keys()
+        assert "names without what wrappers put in them" in checkpoint.notes
+
+    def test_a_model_inside_of_a_trainers_module(self, tmp_path, weights):
+        model = torch.nn.Sequential()
+        model.layer = torch.nn.Linear(3, 2)
+        inside = {f"net.{name}": tensor for name, tensor in weights.items()}
+        content = {"state_dict_ema": {**inside, "loss.weight": torch.ones(3)}, "state_dict": inside}
+        checkpoint = polyak.read(save(tmp_path, content), model=model)
+        model.load_state_dict(checkpoint.average)
+        assert zoo.bit_equal(model.state_dict(), weights)
+
+    def test_another_model(self, tmp_path, weights):
+        path = save(tmp_path, {"state_dict_ema": weights})
+        with pytest.raises(
+            polyak.MismatchError, match=r"has 'layer.weight', 'layer.bias', and the model has '0.weight'"
+        ):
+            polyak.read(path, model=zoo.mlp())
+        model = torch.nn.Sequential()
+        model.layer = torch.nn.Linear(1, 2)
+        with pytest.raises(
+            polyak.MismatchError, match=r"'layer.weight' of average 'average' in .* is \(2, 3\), and \(2, 1\)"
+        ):
+            polyak.read(path, model=model)
+
+    def test_lost_dots_that_nobody_can_find_again(self, tmp_path):
+        kept = {"model.a.bc": torch.ones(1), "model.ab.c": torch.ones(1), "model.d.e": torch.ones(1)}
+        averages = {"model_ema.abc": torch.zeros(1), "model_ema.de": torch.zeros(1)}
+        counters = {"model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(3, dtype=torch.int32)}
+        checkpoint = polyak.read(save(tmp_path, {"state_dict": {**kept, **averages, **counters}}))
+        assert (checkpoint.format, checkpoint.decay, checkpoint.counters["num_updates"]) == ("litema", 0.5, 3)
+        assert (list(checkpoint.average), sorted(checkpoint.missing)) == (["d.e"], ["a.bc", "ab.c"])
+        assert "left out, for several weights share one average: 'a.bc', 'ab.c'" in checkpoint.notes
+
+
+class TestTensors:
+    def test_they_share_memory_where_they_do_in_the_file(self, tmp_path):
+        weight = torch.randn(3, 4)
+        path = save(tmp_path, {"state_dict_ema": {"a": weight, "b": weight, "c": weight.t(), "d": weight[1:]}})
+        average = polyak.read(path).average
+        assert zoo.bit_equal(dict(average), {"a": weight, "b": weight, "c": weight.t(), "d": weight[1:]})
+        assert len({tensor.untyped_storage().data_ptr() for tensor in average.values()}) == 1
+        assert average["c"].stride() == weight.t().stride()
+
+    @pytest.mark.protects
+    def test_writing_to_them_leaves_the_file_as_it_is(self, tmp_path, weights):
+        path = save(tmp_path, {"state_dict_ema": weights})
+        before = path.read_bytes()
+        average = polyak.read(path).average
+        for tensor in average.values():
+            tensor.zero_()
+        assert path.read_bytes() == before
+        assert zoo.bit_equal(dict(polyak.read(path).average), weights)
+
+    def test_saving_one_of_them_saves_no_more_than_it(self, tmp_path):
+        path = save(tmp_path, {"state_dict_ema": {"small": torch.ones(1), "large": torch.ones(100_000)}})
+        torch.save(polyak.read(path).average["small"], tmp_path / "small.pt")
+        assert (tmp_path / "small.pt").stat().st_size < 5_000
+
+    @pytest.mark.parametrize("legacy", [False, True])
+    def test_every_dtype(self, tmp_path, legacy):
+        names = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64", "complex128"]
+        names += ["int64", "int32", "int16", "int8", "uint8", "uint16", "uint32", "uint64", "bool"]
+        tensors = {name: torch.arange(5).to(getattr(torch, name)) for name in names}
+        tensors |= {
+            "scalar": torch.tensor(3.0),
+            "empty": torch.empty(0, 3),
+            "parameter": torch.nn.Parameter(torch.ones(2)),
+        }
+        path = tmp_path / "x.pth"
+        torch.save({"state_dict_ema": tensors}, path, _use_new_zipfile_serialization=not legacy)
+        average = polyak.read(path).average
+        for name, tensor in tensors.items():
+            assert average[name].dtype == tensor.dtype
+            assert average[name].view(torch.uint8).equal(tensor.detach().view(torch.uint8)) if tensor.dim() else True
+            assert average[name].shape == tensor.shape
+        assert average["scalar"].item() == 3.0
+
+    def test_safetensors(self, tmp_path, weights):
+        save_file({**weights, "empty": torch.empty(0)}, tmp_path / "x.safetensors")
+        checkpoint = polyak.read(tmp_path / "x.safetensors")
+        assert checkpoint.format == "plain"
+        assert zoo.bit_equal(dict(checkpoint.average), {**weights, "empty": torch.empty(0)})
+
+    def test_weights_completes_the_average(self, tmp_path, weights):
+        raw = {**doubled(weights), "steps": torch.tensor(4)}
+        checkpoint = polyak.read(save(tmp_path, {"state_dict_ema": weights, "state_dict": raw}))
+        assert checkpoint.missing == ("steps",)
+        assert zoo.bit_equal(checkpoint.weights(), {**weights, "steps": torch.tensor(4)})
+
+
+def test_the_account_in_words(tmp_path, weights):
+    path = save(tmp_path, {"state_dict_ema": weights, "state_dict": weights, "epoch": 3})
+    assert str(polyak.read(path)).splitlines() == [
+        f"{path}: timm",
+        "  average 'average': <2 tensors, 32 bytes>",
+        "  raw weights: <2 tensors, 32 bytes>",
+        "  epoch: 3",
+    ]
+
+
+def test_our_own_state_with_its_profiles(tmp_path):
+    model = zoo.mlp()
+    profiles = {"long": polyak.Power(relative_std=0.1), "short": polyak.Exponential(0.9)}
+    average = polyak.WeightAverage(model, profiles)
+    zoo.drift(model)
+    average.update()
+    content = {"model": model.state_dict(), "average": average.state_dict()}
+    checkpoint = polyak.read(save(tmp_path, content))
+    assert (checkpoint.format, dict(checkpoint.profiles)) == ("polyak-state", profiles)
+    for name in profiles:
+        assert zoo.bit_equal(dict(checkpoint.averages[name]), average[name].weights())
+    assert zoo.bit_equal(dict(checkpoint.raw_weights), model.state_dict())
+    assert checkpoint.counters == {"time": 1.0, "num_updates": 1}
+
+
+def test_our_own_export(tmp_path):
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.9))
+    zoo.drift(model)
+    average.update()
+    average.export(tmp_path / "x.safetensors")
+    checkpoint = polyak.read(tmp_path / "x.safetensors", model=model)
+    assert (checkpoint.format, dict(checkpoint.profiles)) == ("polyak", {"average": polyak.Exponential(0.9)})
+    assert zoo.bit_equal(dict(checkpoint.average), average.weights())
