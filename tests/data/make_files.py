@@ -35,19 +35,17 @@ def make(name: str) -> None:
         shutil.copytree(folder, FILES / name)
 
 
-def main(names: list[str]) -> int:
+def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in CASES]
     if unknown:
-        print(f"no such case: {', '.join(unknown)}; there are {', '.join(sorted(CASES))}")
-        return 2
+        sys.exit(f"no such case: {', '.join(unknown)}; there are {', '.join(sorted(CASES))}")
     if len(names) == 1:
         make(names[0])
-        return 0
+        return
     failed = [name for name in names or CASES if subprocess.run([sys.executable, __file__, name]).returncode]
     if failed:
-        print(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

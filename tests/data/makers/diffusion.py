@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from makers.common import STEPS, case, train, write
 
 
-def _diffusers(tied: bool = False):
+def _diffusers() -> tuple[Any, Any, torch.optim.Optimizer]:
     """A model of diffusers, its EMA after some steps, and the optimizer."""
     from diffusers import ModelMixin
     from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -44,7 +46,7 @@ def _named(model: nn.Module, tensors: list[Tensor]) -> tuple[dict[str, Tensor], 
     return dict(zip(names, tensors, strict=True)), names
 
 
-def _counters(ema) -> dict[str, float]:
+def _counters(ema: Any) -> dict[str, float]:
     return {"optimization_step": ema.optimization_step}
 
 
@@ -101,33 +103,27 @@ def diffusers_folder(folder: Path) -> None:
 
 @case("diffusers-sharded")
 def diffusers_sharded(folder: Path) -> None:
-    """`EMAModel.save_pretrained` passes no size of shards on; what it does is done here with one."""
-    model, ema, optimizer = _diffusers()
-    train(model, optimizer, lambda step: ema.step(model.parameters()))
-    averaged = ema.model_cls.from_config(ema.model_config)
-    state = ema.state_dict()
-    state.pop("shadow_params")
-    averaged.register_to_config(**state)
-    ema.copy_to(averaged.parameters())
-    averaged.save_pretrained(str(folder / "unet_ema"), max_shard_size=80)
-    _write_diffusers(folder, model, ema)
+    _diffusers_other(folder, max_shard_size=80)
 
 
 @case("diffusers-bin")
 def diffusers_bin(folder: Path) -> None:
-    """The same before safetensors: `diffusion_pytorch_model.bin`."""
+    """As before safetensors: `diffusion_pytorch_model.bin`."""
+    _diffusers_other(folder, safe_serialization=False)
+
+
+def _diffusers_other(folder: Path, **options: Any) -> None:
+    """What `EMAModel.save_pretrained` does, which passes no options on."""
     model, ema, optimizer = _diffusers()
     train(model, optimizer, lambda step: ema.step(model.parameters()))
     averaged = ema.model_cls.from_config(ema.model_config)
-    state = ema.state_dict()
-    state.pop("shadow_params")
-    averaged.register_to_config(**state)
+    averaged.register_to_config(**{key: each for key, each in ema.state_dict().items() if key != "shadow_params"})
     ema.copy_to(averaged.parameters())
-    averaged.save_pretrained(str(folder / "unet_ema"), safe_serialization=False)
+    averaged.save_pretrained(str(folder / "unet_ema"), **options)
     _write_diffusers(folder, model, ema)
 
 
-def _write_diffusers(folder: Path, model: nn.Module, ema, raw: str | None = None) -> None:
+def _write_diffusers(folder: Path, model: nn.Module, ema: Any, raw: str | None = None) -> None:
     average, _ = _named(model, ema.shadow_params)
     # The library saves a new model with the averaged parameters: its buffers are those of a new model.
     buffers = dict(ema.model_cls.from_config(ema.model_config).named_buffers())
@@ -162,7 +158,7 @@ def _language_model(tied: bool) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def _train_language_model(model: nn.Module, after_step) -> None:
+def _train_language_model(model: nn.Module, after_step: Callable[[], object]) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     generator = torch.Generator().manual_seed(1)
     for _ in range(STEPS):
@@ -173,7 +169,7 @@ def _train_language_model(model: nn.Module, after_step) -> None:
         after_step()
 
 
-def _transformers(folder: Path, tied: bool, **options) -> None:
+def _transformers(folder: Path, tied: bool, **options: Any) -> None:
     """The average of `AveragedModel`, saved as any model of transformers."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

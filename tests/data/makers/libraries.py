@@ -111,7 +111,7 @@ def timm_avg_safetensors(folder: Path) -> None:
 
 
 def _timm_avg(folder: Path, name: str, options: list[str]) -> None:
-    """Runs timm's avg_checkpoints.py, which is in its source distribution and not in the installed package."""
+    """Runs avg_checkpoints.py of timm's repository, which is not in its packages, from where the environment says."""
     import os
     import runpy
     import sys
@@ -120,7 +120,7 @@ def _timm_avg(folder: Path, name: str, options: list[str]) -> None:
     pretend("torchvision")
     from timm.utils import CheckpointSaver, ModelEmaV3
 
-    script = Path(os.environ.get("TIMM_AVG_CHECKPOINTS", "avg_checkpoints.py"))
+    script = os.environ["TIMM_AVG_CHECKPOINTS"]
     model = tiny()
     ema = ModelEmaV3(model, decay=0.9)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -133,10 +133,10 @@ def _timm_avg(folder: Path, name: str, options: list[str]) -> None:
             for key, tensor in ema.module.state_dict().items():
                 sums[key] = sums.get(key, 0) + tensor.double()
         arguments = sys.argv
-        sys.argv = [str(script), "--input", inputs, "--filter", "checkpoint-*.pth.tar", "--output", str(folder / name)]
+        sys.argv = [script, "--input", inputs, "--filter", "checkpoint-*.pth.tar", "--output", str(folder / name)]
         sys.argv += options
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            runpy.run_path(script, run_name="__main__")
         finally:
             sys.argv = arguments
     # What the script has in memory: sums in double precision, divided, as float32, also what was an integer.

@@ -59,7 +59,7 @@ def _lightning(folder: Path, callback: Any, held: bool, epochs: int = 4) -> dict
                 "averages": {"average": copied(getattr(average, "module", average).state_dict())},
                 "raw": copied(pl_module.state_dict()),
                 "counters": {
-                    "n_averaged": int(average.n_averaged if hasattr(average, "n_averaged") else callback.n_averaged),
+                    "n_averaged": int((average if hasattr(average, "n_averaged") else callback).n_averaged or 0),
                     "epoch": trainer.current_epoch,
                     "global_step": trainer.global_step,
                 },
@@ -107,6 +107,15 @@ def lightning_swa(folder: Path) -> None:
         folder, StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=1, annealing_epochs=2), held=False
     )
     write(folder, format="lightning-swa", **seen)
+
+
+@case("lightning-swa-early")
+def lightning_swa_early(folder: Path) -> None:
+    """Saved before averaging starts: the file has the initial weights in the place of an average."""
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    seen = _lightning(folder, StochasticWeightAveraging(swa_lrs=0.02, swa_epoch_start=4), held=False)
+    write(folder, format="lightning-swa", not_started=True, **seen)
 
 
 @case("mmengine")
