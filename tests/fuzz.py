@@ -238,7 +238,7 @@ def _bits(tensor: torch.Tensor) -> bytes:
 
 
 # Their numbers are computed, pieced together, or in a neighbour: no single tensor of the file is like them.
-_COMPUTED = ("schedule-free", "dcp", "torchtitan", "folder")
+_COMPUTED = ("schedule-free", "nemo", "guided-diffusion")
 
 
 def try_one(path: Path) -> tuple[str, str]:

@@ -58,7 +58,7 @@ def test_the_format_can_be_forced(name):
 
 def test_each_layout_has_a_file_or_a_test_of_its_own():
     tested = {case(name)[0]["format"] for name in CASES}
-    written_here = {"basicsr", "dino", "key", "weights", "olmo-core", "edm2-traditional", "timm-module", "composer-swa"}
+    written_here = {"basicsr", "dino", "key", "weights", "olmo-core", "edm2-traditional"}
     assert {layout.name for layout in LAYOUTS} - tested - written_here == set()
 
 
@@ -266,8 +266,8 @@ class TestNames:
         counters = {"model_ema.decay": torch.tensor(0.5), "model_ema.num_updates": torch.tensor(3, dtype=torch.int32)}
         checkpoint = polyak.read(save(tmp_path, {"state_dict": {**kept, **averages, **counters}}))
         assert (checkpoint.format, checkpoint.decay, checkpoint.counters["num_updates"]) == ("litema", 0.5, 3)
-        assert (list(checkpoint.average), sorted(checkpoint.missing)) == (["d.e"], ["a.bc", "ab.c"])
-        assert "left out, for several weights share one average: 'a.bc', 'ab.c'" in checkpoint.notes
+        assert (list(checkpoint.average), sorted(checkpoint.missing)) == (["model.d.e"], ["model.a.bc", "model.ab.c"])
+        assert "left out, for several weights share one average: 'model.a.bc', 'model.ab.c'" in checkpoint.notes
 
 
 class TestTensors:

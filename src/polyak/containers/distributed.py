@@ -19,31 +19,60 @@ from .pickled import Name, unpickle
 from .stored import ITEM_SIZES, Leaf, Pieced, Record, Stored
 
 INDEX = ".metadata"
-_MODULES = ("torch.distributed.checkpoint.metadata.", "torch.distributed.checkpoint.filesystem.")
+# Of a piece, by the name of its tensor and where it begins: the file, and the stretch of it.
+_Places = dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]
 
 
-def read_distributed(folder: Path) -> dict[str, Any]:
-    """The tensors of a folder by name; what is no tensor is left out."""
+def read_distributed(folder: Path, *, skip_objects: bool) -> dict[Any, Any]:
+    """The content of a folder, nested as it was saved; but for the numbers that an optimizer has for each parameter."""
     with BytesIO((folder / INDEX).read_bytes()) as file:
         index = unpickle(file, find=lambda name: find(name, skip_objects=False), persistent=_refuse)
     described = _state(index, "Metadata")
-    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+    places: _Places = {}
     for key, place in described["storage_data"].items():
         at, where = _state(key, "MetadataIndex"), _state(place, "_StorageInfo")
         if where.get("transform_descriptors"):
             raise FileFormatError("is compressed, which is not read; load it with torch.distributed.checkpoint")
         offset = tuple(_state(at["offset"])) if at.get("offset") is not None else ()
         places[at["fqn"], offset] = (where["relative_path"], where["offset"], where["length"])
-    found: dict[str, Any] = {}
+    paths = described.get("planner_data")
+    tree: dict[Any, Any] = {}
     for name, entry in described["state_dict_metadata"].items():
-        if isinstance(entry, Record) and entry.of.endswith("TensorStorageMetadata"):
-            found[name] = _tensor(folder, name, _state(entry), places)
-    return found
+        path = _path(name, paths)
+        if not isinstance(entry, Record):
+            raise FileFormatError("is damaged: its index has another form")
+        if entry.of.endswith(".TensorStorageMetadata"):
+            _put(tree, path, _tensor(folder, name, _state(entry), places))
+        elif "param_groups" not in name and (name, ()) in places:
+            _put(tree, path, _read(folder, name, places[name, ()], skip_objects=skip_objects))
+    return tree
 
 
-def _tensor(
-    folder: Path, name: str, entry: dict[str, Any], places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]
-) -> Leaf:
+def _path(name: str, paths: object) -> tuple[Any, ...]:
+    """The keys that led to an entry before it was saved, where the index has them."""
+    found = cast("dict[Any, Any]", paths).get(name) if isinstance(paths, dict) else None
+    if not isinstance(found, tuple):
+        return (name,)
+    keys = cast("tuple[Any, ...]", found)
+    return keys if keys and all(type(key) in (str, int) for key in keys) else (name,)
+
+
+def _put(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # a hostile index has any path
+            raise FileFormatError("is damaged: something in its index has two places")
+    tree[path[-1]] = value
+
+
+def _read(folder: Path, name: str, place: tuple[str, int, int], *, skip_objects: bool) -> Any:
+    file, start, length = place
+    if Path(file).name != file or not (folder / file).is_file():
+        raise FileFormatError(f"names the file {file[:80]!r} for {name[:80]!r}, which is not in it")
+    return read_archive(folder / file, skip_objects=skip_objects, offset=start, num_bytes=length)
+
+
+def _tensor(folder: Path, name: str, entry: dict[str, Any], places: _Places) -> Leaf:
     dtype = _dtype(_state(entry["properties"]))
     shape = tuple(entry["size"])
     pieces: list[tuple[tuple[int, ...], Stored]] = []
@@ -51,10 +80,7 @@ def _tensor(
     for chunk in entry["chunks"]:
         sizes = _state(chunk)
         offset, size = tuple(sizes["offsets"]), tuple(sizes["sizes"])
-        file, start, length = places.get((name, offset)) or places[name, ()]
-        if Path(file).name != file or not (folder / file).is_file():
-            raise FileFormatError(f"names the file {file[:80]!r} for {name[:80]!r}, which is not in it")
-        piece = read_archive(folder / file, skip_objects=False, offset=start, num_bytes=length)
+        piece = _read(folder, name, places.get((name, offset)) or places[name, ()], skip_objects=False)
         if not isinstance(piece, Stored) or piece.shape != size or piece.dtype != dtype:
             raise FileFormatError(f"is damaged: a piece of {name[:80]!r} is not what the index says")
         if any(at < 0 or at + count > whole for at, count, whole in zip(offset, size, shape, strict=True)):

@@ -63,7 +63,7 @@ def _open(path: Path, skip_objects: bool) -> Content:
 
 def _open_folder(folder: Path, skip_objects: bool) -> Content:
     if (folder / INDEX).is_file():
-        return Content(folder, "distributed", read_distributed(folder), {}, _size(folder))
+        return Content(folder, "distributed", read_distributed(folder, skip_objects=skip_objects), {}, _size(folder))
     file = weights_file(folder)
     if file is None:
         inside = sorted(entry.name for entry in folder.iterdir())

@@ -28,6 +28,7 @@ _NUMBERS = {
     "bool": "<?",
     "uint8": "<B",
 }
+_UPDATES = ("n_averaged", "num_updates", "optimization_step")
 _FROM_NAME = ("average", "decay", "stem")
 
 
@@ -112,6 +113,8 @@ def find_layout(
     parts.decay = _decay(layout, content, under, groups)
     if layout.code is not None:
         layout.code(parts, place)
+    if any(parts.counters.get(name) == 0 for name in _UPDATES):
+        parts.notes.append("nothing was averaged yet when it was saved")
     missing: list[str] = []
     if layout.is_positional:
         _name(parts, place, missing)
@@ -168,7 +171,9 @@ def _fits(candidate: _Candidate, content: Content) -> bool:
     layout, under = candidate.layout, candidate.under
     if content.kind not in layout.kinds or _groups(layout, content.path) is None:
         return False
-    if not all(key in content.about for key in layout.about) or (layout.test and not layout.test(content)):
+    if not all(key in content.about for key in layout.about):
+        return False
+    if layout.test is not None and not layout.test(Place(content, under)):
         return False
     if not all(matches(content.tree, mark, under=under) for mark in layout.marks):
         return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from polyak.containers import Content, Leaf
 
-TORCH = frozenset({"torch", "safetensors"})
+ANY_FILE = frozenset({"torch", "safetensors", "distributed"})
 FOLDER = frozenset({"folder"})
 DISTRIBUTED = frozenset({"distributed"})
 # Where people keep the weights that are trained, beside an average.
@@ -80,7 +80,7 @@ class Layout:
     counters: tuple[str, ...] = ()
     decay: str | None = None
     marks: tuple[str, ...] = ()
-    kinds: frozenset[str] = TORCH
+    kinds: frozenset[str] = ANY_FILE
     file: str | None = None
     about: tuple[str, ...] = ()
     beside: str | None = None
@@ -88,6 +88,6 @@ class Layout:
     may_stand_in: bool = False
     is_fallback: bool = False
     only_tensors: bool = False
-    test: Callable[[Content], bool] | None = None
+    test: Callable[[Place], bool] | None = None
     code: Code | None = None
     remark: str = ""

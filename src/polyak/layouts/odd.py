@@ -64,18 +64,22 @@ def dotless(parts: Parts, place: Place) -> None:
     for average in parts.averages.values():
         average.pop("decay", None)
         average.pop("num_updates", None)
-    _rename(parts, place, lambda name: name.replace(".", ""))
+    parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith("model_ema.")}
+    # The average is of the part "model", and its names begin there.
+    _rename(parts, place, lambda name: name.removeprefix("model.").replace(".", ""))
 
 
-def has_dashes(content: Content) -> bool:
-    """Whether the names under "ema" have dashes in place of dots."""
-    names = [match.key for match in matches(content.tree, "ema/*") if isinstance(match.value, Leaf)]
+def has_dashes(place: Place) -> bool:
+    """Whether names have dashes in place of dots."""
+    names = [match.key for match in matches(place.content.tree, "ema.*", under=place.under)]
     return any("-" in name for name in names) and not any("." in name for name in names)
 
 
 def dashed(parts: Parts, place: Place) -> None:
     """Names whose dots are dashes are found again among those of the raw weights, or of the model."""
-    _rename(parts, place, lambda name: name.replace("_orig_mod.", "").replace(".", "-"))
+    parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith("ema.")}
+    # The average is of the part "net", and its names begin there.
+    _rename(parts, place, lambda name: name.replace("_orig_mod.", "").removeprefix("net.").replace(".", "-"))
 
 
 def _rename(parts: Parts, place: Place, change: Callable[[str], str]) -> None:
@@ -102,17 +106,6 @@ def _rename(parts: Parts, place: Place, change: Callable[[str], str]) -> None:
 def only_averaged(parts: Parts, place: Place) -> None:
     """The weights that are trained stand beside the average under their own names, among everything else."""
     parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith(_TRAINING)}
-
-
-def without_optimizer(parts: Parts, place: Place) -> None:
-    """Leaves out what an optimizer keeps."""
-    model = _only(matches(place.content.tree, "model.*"))
-
-    def chosen(found: Mapping[str, Leaf]) -> dict[str, Leaf]:
-        return model or {name: leaf for name, leaf in found.items() if not name.startswith(_TRAINING)}
-
-    parts.averages = {name: chosen(average) for name, average in parts.averages.items()}
-    parts.raw = chosen(parts.raw) if parts.raw else {}
 
 
 def schedule_free(parts: Parts, place: Place) -> None:
@@ -176,9 +169,9 @@ def polyak_state(parts: Parts, place: Place) -> None:
         parts.notes.append("an update was not applied yet when it was saved; resuming applies it")
 
 
-def has_average_key(content: Content) -> bool:
+def has_average_key(place: Place) -> bool:
     """Whether a dictionary of tensors stands under a key that speaks of an average."""
-    return bool(_average_keys(content))
+    return bool(_average_keys(place.content))
 
 
 def any_key(parts: Parts, place: Place) -> None:

@@ -127,7 +127,7 @@ def dcp_folder(folder: Path) -> None:
 @case("dcp-nested")
 def dcp_nested(folder: Path) -> None:
     """The layout of `model-ema` in a folder."""
-    _sharded(folder, "nested", "dcp", counters={"epoch": 3})
+    _sharded(folder, "nested", "model-ema", counters={"epoch": 3})
 
 
 @case("torchtitan")
