@@ -375,3 +375,36 @@ def same(one, two):
     if isinstance(one, (list, tuple)):
         return type(one) is type(two) and len(one) == len(two) and all(map(same, one, two))
     return type(one) is type(two) and one == two
+
+
+def test_pieces_that_overlap(tmp_path):
+    """A distributed checkpoint whose index tells one piece twice, and another one never."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+
+    with pytest.warns(UserWarning, match="single process"):
+        dcp.save({"w": torch.ones(2, 2)}, checkpoint_id=tmp_path / "dcp")
+    index = pickle.loads((tmp_path / "dcp" / ".metadata").read_bytes())
+    entry = index.state_dict_metadata["w"]
+    entry.size = torch.Size([4, 2])
+    entry.chunks = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([2, 2])) for at in (0, 1)]
+    place = next(iter(index.storage_data.values()))
+    index.storage_data = {MetadataIndex("w", torch.Size([at, 0])): place for at in (0, 1)}
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(index))
+    refused(tmp_path / "dcp", match="pieces of 'w' overlap")
+    entry.chunks = entry.chunks[:1]
+    (tmp_path / "dcp" / ".metadata").write_bytes(pickle.dumps(index))
+    refused(tmp_path / "dcp", match="the pieces of 'w' have 4 numbers of 8")
+
+
+def test_what_is_no_file(tmp_path):
+    import os
+
+    os.mkfifo(tmp_path / "pipe")
+    refused(tmp_path / "pipe", match="is neither a file nor a folder")
+
+
+def test_keys_that_look_like_patterns(tmp_path):
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)).state_dict()
+    torch.save({"*" * 60: averaged, "*" * 59 + "#": averaged}, tmp_path / "x.pth")
+    refused(tmp_path / "x.pth", match="could be of several formats")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import formats_table
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -12,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 def test_the_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     names = {}
     for example in examples:
         exec(compile(example, "README.md", "exec"), names)
@@ -20,7 +22,8 @@ def test_the_examples_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
-def test_the_examples_of_the_documentation_run(path, capsys):
+def test_the_examples_of_the_documentation_run(path, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     assert examples
     for example in examples:
@@ -28,6 +31,11 @@ def test_the_examples_of_the_documentation_run(path, capsys):
         printed = capsys.readouterr().out
         for promised in re.findall(r"#.* (\d+) and (\d+)$", example, re.MULTILINE):
             assert " ".join(promised) in printed
+
+
+def test_the_table_of_formats_is_that_of_the_layouts():
+    _, written, _ = formats_table.parts()
+    assert written == formats_table.table(), "python tests/formats_table.py writes it anew"
 
 
 def test_each_test_that_it_names_exists():

@@ -96,7 +96,7 @@ class Tensors(Mapping[str, Tensor]):
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors, those that several names share counted once."""
-        return sum(leaf.num_bytes for leaf in {id(leaf): leaf for leaf in self._leaves.values()}.values())
+        return sum(leaf.num_bytes for leaf in set(self._leaves.values()))
 
     def leaf(self, name: str) -> Leaf:
         """What is known about a tensor without reading it: dtype, shape, place in the file."""

@@ -7,7 +7,9 @@ of `torch.save` by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -80,6 +82,8 @@ def _tensor(folder: Path, name: str, entry: dict[str, Any], places: _Places) -> 
     for chunk in entry["chunks"]:
         sizes = _state(chunk)
         offset, size = tuple(sizes["offsets"]), tuple(sizes["sizes"])
+        if 0 in size and 0 not in shape:
+            continue
         piece = _read(folder, name, places.get((name, offset)) or places[name, ()], skip_objects=False)
         if not isinstance(piece, Stored) or piece.shape != size or piece.dtype != dtype:
             raise FileFormatError(f"is damaged: a piece of {name[:80]!r} is not what the index says")
@@ -87,11 +91,34 @@ def _tensor(folder: Path, name: str, entry: dict[str, Any], places: _Places) -> 
             raise FileFormatError(f"is damaged: a piece of {name[:80]!r} lies outside of it")
         covered += math.prod(size)
         pieces.append((offset, piece))
+    pieces.sort(key=lambda piece: piece[0])
+    for place, piece in enumerate(pieces):
+        if any(_overlap(piece, other) for other in _while_beside(piece, islice(pieces, place + 1, None))):
+            raise FileFormatError(f"is damaged: pieces of {name[:80]!r} overlap")
     if covered != math.prod(shape):
         raise FileFormatError(
             f"is damaged: the pieces of {name[:80]!r} have {covered:,} numbers of {math.prod(shape):,}"
         )
     return pieces[0][1] if len(pieces) == 1 else Pieced(dtype, shape, tuple(pieces))
+
+
+_Piece = tuple[tuple[int, ...], Stored]
+
+
+def _while_beside(piece: _Piece, others: Iterable[_Piece]) -> Iterator[_Piece]:
+    """The pieces that begin before the end of this one in the first dimension; they are in order."""
+    offset, stored = piece
+    for other in others:
+        if offset and other[0][0] >= offset[0] + stored.shape[0]:
+            return
+        yield other
+
+
+def _overlap(one: _Piece, two: _Piece) -> bool:
+    return all(
+        begin < other + more and other < begin + count
+        for begin, count, other, more in zip(one[0], one[1].shape, two[0], two[1].shape, strict=True)
+    )
 
 
 def _dtype(properties: Any) -> str:

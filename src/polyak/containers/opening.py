@@ -57,6 +57,8 @@ def _open(path: Path, skip_objects: bool) -> Content:
     if path.name.endswith(_INDEX):
         tensors = read_indexed(path, lambda file: _read(file, skip_objects)[0])
         return Content(path, "folder", tensors, _configuration(path.parent), _size(path.parent))
+    if path.exists() and not path.is_file():
+        raise FileFormatError("is neither a file nor a folder")
     tree, about, kind = _read(path, skip_objects)
     return Content(path, kind, tree, about, path.stat().st_size)
 

@@ -56,7 +56,9 @@ class _Candidate:
         """What of a file this one makes use of, beyond what anything else would."""
         layout = self.layout
         raw = [pattern for pattern in layout.raw if matches(content.tree, pattern, under=self.under)]
-        inside = {"/".join((*self.under, part)) for part in (*layout.average[-1:], *layout.marks, *raw)}
+        # Keys are a file's own, and may look like patterns.
+        under = [re.sub(r"[*#?{}]", "_", key) for key in self.under]
+        inside = {"/".join((*under, part)) for part in (*layout.average[-1:], *layout.marks, *raw)}
         if self.under:
             inside |= {pattern for pattern in WEIGHTS if matches(content.tree, pattern)}
         extra = {f"<file {layout.file}>"} if layout.file else set[str]()
@@ -152,7 +154,7 @@ def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> 
     best = [one for one in best if not one.under or all(other.under for other in best if uses[other] == uses[one])]
     if len(best) == 1:
         return best[0]
-    keys = [key for key, _ in items_of(content.tree)]
+    keys = [key[:80] for key, _ in items_of(content.tree)]
     if best:
         texts = [f"{one.layout.name!r}{' under ' + repr('/'.join(one.under)) if one.under else ''}" for one in best]
         raise FileFormatError(
