@@ -3,5 +3,6 @@
 from .checkpoint import Checkpoint as Checkpoint
 from .read import read as read
 from .read import read_dictionary as read_dictionary
+from .safetensors_file import write_safetensors as write_safetensors
+from .shards import write_sharded as write_sharded
 from .tensors import Tensors as Tensors
-from .write import write_safetensors as write_safetensors

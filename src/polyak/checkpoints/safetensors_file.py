@@ -1,0 +1,127 @@
+"""Writes the safetensors format, tensor by tensor, with the checksum of each."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from polyak.errors import listed
+
+from .write import replacing
+
+CHECKSUMS = "polyak.checksums"
+_DTYPES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.int16: "I16",
+    torch.uint16: "U16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.uint32: "U32",
+    torch.float32: "F32",
+    torch.complex64: "C64",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.uint64: "U64",
+}
+# torch 2.5 has none of this dtype.
+if hasattr(torch, "float8_e8m0fnu"):
+    _DTYPES[torch.float8_e8m0fnu] = "F8_E8M0"
+_CHECKSUM_DIGITS = 16
+_CHUNK = 1 << 24
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
+) -> None:
+    """Writes tensors by name to a safetensors file; a tensor with several names is written under each.
+
+    The metadata gets `polyak.checksums`: JSON of the first 16 hexadecimal digits of the SHA-256 of each tensor's bytes
+    in the file, by its name. One tensor at a time is copied, where it is on another device or not contiguous.
+
+    Raises:
+        OSError: the file cannot be written; one that was there is as it was.
+        ValueError: the format has no such tensors.
+    """
+    with replacing(path, num_bytes=num_file_bytes(tensors, metadata=metadata)) as file:
+        write_tensors(file, tensors, metadata=metadata)
+
+
+def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Writes what a safetensors file consists of to a file that is open."""
+    # The header stands first and holds the checksums, so it is written a second time, with the same length.
+    checksums = dict.fromkeys(tensors, "0" * _CHECKSUM_DIGITS)
+    file.write(_header(tensors, metadata=metadata, checksums=checksums))
+    for name in _in_file_order(tensors):
+        content = _content(tensors[name])
+        digest = hashlib.sha256()
+        # By chunks, so that a tensor that somebody changes meanwhile is written as it was when it was summed.
+        for start in range(0, len(content), _CHUNK):
+            chunk = content[start : start + _CHUNK]
+            digest.update(chunk)
+            file.write(chunk)
+        checksums[name] = digest.hexdigest()[:_CHECKSUM_DIGITS]
+    file.seek(0)
+    file.write(_header(tensors, metadata=metadata, checksums=checksums))
+
+
+def num_file_bytes(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> int:
+    """The bytes that a safetensors file of these tensors has.
+
+    Raises:
+        ValueError: the format has no such tensors.
+    """
+    unknown = [name for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
+    if unknown:
+        dtype = str(tensors[unknown[0]].dtype).removeprefix("torch.")
+        raise ValueError(f"the safetensors format has no {dtype}, the dtype of {listed(unknown)}; use state_dict()")
+    sparse = [name for name, tensor in tensors.items() if tensor.layout != torch.strided]
+    if sparse:
+        raise ValueError(f"the safetensors format has no sparse tensors, such as {listed(sparse)}; use to_dense()")
+    header = _header(tensors, metadata=metadata, checksums=dict.fromkeys(tensors, "0" * _CHECKSUM_DIGITS))
+    return len(header) + sum(map(num_tensor_bytes, tensors.values()))
+
+
+def num_tensor_bytes(tensor: Tensor) -> int:
+    """The bytes of a tensor's elements in a file."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
+    """Its length in 8 bytes, then JSON, filled with spaces so that the tensors begin at a multiple of 8."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata, CHECKSUMS: json.dumps(checksums)}}
+    end = 0
+    for name in _in_file_order(tensors):
+        tensor = tensors[name]
+        start, end = end, end + num_tensor_bytes(tensor)
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Large elements first, so that each begins at a multiple of its own size."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def _content(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as the format has them: contiguous, the lowest first."""
+    plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if sys.byteorder == "big":
+        plain = plain.clone()
+        plain.untyped_storage().byteswap(plain.dtype)  # pyright: ignore[reportUnknownMemberType]
+    return memoryview(cast("bytes", plain.reshape(-1).view(torch.uint8).numpy()))
