@@ -103,6 +103,7 @@ def test_public_names():
         "formats",
         "half_life_to_decay",
         "lerp_",
+        "load",
         "mean_age_to_decay",
         "mean_age_to_exponent",
         "profile_from_description",
@@ -111,5 +112,6 @@ def test_public_names():
         "register_schedule",
         "relative_std_to_decay",
         "relative_std_to_exponent",
+        "save",
         "scale_decay",
     }

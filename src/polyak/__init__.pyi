@@ -4,7 +4,9 @@ from .attach import Attachment as Attachment
 from .average import WeightAverage as WeightAverage
 from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
 from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import load as load
 from .checkpoints import read as read
+from .checkpoints import save as save
 from .errors import FileFormatError as FileFormatError
 from .errors import MismatchError as MismatchError
 from .errors import PolyakError as PolyakError

@@ -1,6 +1,8 @@
 """Files: read safely, written whole or not at all."""
 
 from .checkpoint import Checkpoint as Checkpoint
+from .content import load as load
+from .content import save as save
 from .read import read as read
 from .read import read_dictionary as read_dictionary
 from .safetensors_file import write_safetensors as write_safetensors

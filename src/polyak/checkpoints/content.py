@@ -1,0 +1,189 @@
+"""Files of `torch.save` that hold tensors and plain containers: written durably, and checked when they are read."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zipfile
+from collections import OrderedDict
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import FileFormatError
+
+from .read import read_dictionary
+from .write import replacing
+
+# Exact types: to an unpickler that runs no code a subclass is another type.
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+_CONTAINERS = (dict, OrderedDict, list, tuple, set)
+_TENSORS = (Tensor, nn.Parameter)
+_KINDS = "tensors, dict, list, tuple, set, str, bytes, int, float, bool, None, torch.Size, torch.dtype and torch.device"
+
+
+def save(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a dictionary of tensors and plain containers as `torch.save` does, whole or not at all.
+
+    When it returns, the file has reached the disk. Whatever happens before, a power cut or `kill -9` included, leaves
+    the file that was there as it was. `torch.load(path, weights_only=True)` reads it, and `polyak.load` does so with
+    every checksum compared.
+
+    Args:
+        content: tensors, dict, list, tuple, set, str, bytes, int, float, bool, None, torch.Size, torch.dtype and
+            torch.device, in any depth. Tensors that share memory share it again when they are read.
+        path: the file. Its folder must exist and have room for the new file beside the old one.
+
+    Raises:
+        TypeError: something in it could be read only by running code; the message says where it stands. Nothing was
+            written.
+        OSError: the file cannot be written; one that was there is as it was. With `errno.ENOSPC` there is no room.
+
+    Example:
+        >>> import tempfile, torch, polyak
+        >>> model = torch.nn.Linear(2, 2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     polyak.save({"model": model.state_dict(), "step": 7}, f"{folder}/last.pt")
+        ...     polyak.load(f"{folder}/last.pt")["step"]
+        7
+        >>> polyak.save({"model": model}, "last.pt")
+        Traceback (most recent call last):
+        TypeError: content['model'] is a Linear; save its state_dict()
+    """
+    if not isinstance(content, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        raise TypeError(f"content is a {type(content).__name__}; save a dictionary, such as {{'content': ...}}")
+    size = _Size()
+    size.add(content, "content")
+    with replacing(path, num_bytes=size.num_bytes) as file, _with_checksums():
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            # torch closes its archive after the failure, fails again at that, and says that only.
+            raise _cause(error) from None
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a dictionary that `polyak.save` or `torch.save` wrote, on the CPU, after comparing every checksum in it.
+
+    No code from the file is run. `torch.load` does not compare the checksums: a bit that flipped on the disk is then a
+    wrong number in a tensor, silently.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        FileFormatError: the file is damaged, and the message names the record; or it was saved with torch's checksums
+            switched off, is of another kind, or holds objects whose loading would run code.
+
+    Example:
+        >>> import tempfile, torch, polyak
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     polyak.save({"weight": torch.ones(2)}, f"{folder}/last.pt")
+        ...     polyak.load(f"{folder}/last.pt")
+        {'weight': tensor([1., 1.])}
+    """
+    with open(path, "rb") as file:
+        damaged = _damaged_record(file)
+    if damaged is not None:
+        raise FileFormatError(f"{os.fspath(path)!r} is damaged: {damaged}; take another copy of it")
+    return read_dictionary(path)
+
+
+def _damaged_record(file: BinaryIO) -> str | None:
+    """The first record that does not have the checksum that was written with it, or None."""
+    # zipfile raises whatever a damaged byte leads it to, also when it seeks to where nothing can be.
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = archive.testzip()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        return f"it is cut off, its list of records is wrong, or torch.save did not write it ({error})"
+    return None if name is None else f"the record {name!r} does not have the checksum that was written with it"
+
+
+class _Size:
+    """Looks through all of a content, and adds up the bytes that its tensors and texts will have in a file."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._seen: dict[int, object] = {}
+
+    def add(self, value: object, place: str) -> None:
+        """Adds a value that stands at a place.
+
+        Raises:
+            TypeError: it could not be read without running code.
+        """
+        kind = type(value)
+        if kind not in _PLAIN and kind not in _CONTAINERS and kind not in _TENSORS:
+            raise TypeError(f"{place} is a {kind.__name__}; {_advice(value)}")
+        if kind is bytes and not value:
+            raise TypeError(f"{place} is empty bytes, which torch.load(weights_only=True) cannot read; save None")
+        if isinstance(value, (str, bytes)):
+            self.num_bytes += len(value)
+        # What contains itself, or stands in several places, is saved once.
+        if kind in _PLAIN or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            self._add_storage(value)
+        elif isinstance(value, dict):
+            for key, item in cast("dict[object, object]", value).items():
+                self.add(key, f"the key {key!r} of {place}")
+                self.add(item, f"{place}[{key!r}]")
+        elif isinstance(value, set):
+            for item in cast("set[object]", value):
+                self.add(item, f"an element of {place}")
+        else:
+            for position, item in enumerate(cast("list[object]", value)):
+                self.add(item, f"{place}[{position}]")
+        # Python attributes are saved with tensors and ordered dictionaries: `_metadata` of a state_dict, say.
+        for name, item in getattr(cast("object", value), "__dict__", {}).items():
+            self.add(item, f"{place}.{name}")
+
+    def _add_storage(self, tensor: Tensor) -> None:
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen[storage._cdata] = storage
+            self.num_bytes += storage.nbytes()
+
+
+def _advice(value: object) -> str:
+    if isinstance(value, Tensor):
+        return "save a plain torch.Tensor of it"
+    if hasattr(value, "state_dict"):
+        return "save its state_dict()"
+    if hasattr(value, "tolist"):
+        return "save its tolist(), or a tensor of it"
+    return f"without running code only {_KINDS} can be read again"
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The OSError that came before an error, if there was one, else the error."""
+    found = error.__context__
+    while found is not None and not isinstance(found, OSError):
+        found = found.__context__
+    return error if found is None else found
+
+
+@contextmanager
+def _with_checksums() -> Generator[None, None, None]:
+    """torch.save writes checksums, also where somebody has switched them off for other files."""
+    # torch 2.5 always writes them.
+    getter, setter = (getattr(torch.serialization, f"{verb}_crc32_options", None) for verb in ("get", "set"))
+    if getter is None or setter is None:
+        yield
+        return
+    before = getter()
+    setter(True)
+    try:
+        yield
+    finally:
+        setter(before)
