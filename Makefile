@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
 
-.PHONY: demo test check bench fuzz format clean
+.PHONY: demo test check bench fuzz crashtest format clean
 
 demo: .venv/demo-is-installed
 	$(BIN)/python examples/digits.py
@@ -24,6 +24,10 @@ bench: .venv/bench-is-installed
 # Broken files of every layout: each must be refused in one kind of error, or read rightly.
 fuzz: .venv/all-is-installed
 	$(BIN)/python tests/fuzz.py --files 100000
+
+# Kills writers, fills disks and cuts the power while files are saved; `python -m tests.crash --help` for more.
+crashtest: .venv/all-is-installed
+	$(BIN)/python -m tests.crash
 
 format: .venv/all-is-installed
 	$(BIN)/ruff format .

@@ -12,34 +12,14 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
+from polyak.containers import SAFETENSORS_DTYPES
 from polyak.errors import listed
 
 from .write import replacing
 
 CHECKSUMS = "polyak.checksums"
-_DTYPES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.int16: "I16",
-    torch.uint16: "U16",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint32: "U32",
-    torch.float32: "F32",
-    torch.complex64: "C64",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.uint64: "U64",
-}
-# torch 2.5 has none of this dtype.
-if hasattr(torch, "float8_e8m0fnu"):
-    _DTYPES[torch.float8_e8m0fnu] = "F8_E8M0"
+# Older versions of torch lack some of them.
+_DTYPES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items() if hasattr(torch, name)}
 _CHECKSUM_DIGITS = 16
 _CHUNK = 1 << 24
 

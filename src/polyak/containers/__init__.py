@@ -2,6 +2,7 @@
 
 from .opening import damaged as damaged
 from .opening import open_content as open_content
+from .safetensors_file import DTYPES as SAFETENSORS_DTYPES
 from .stored import ITEM_SIZES as ITEM_SIZES
 from .stored import Between as Between
 from .stored import Content as Content
