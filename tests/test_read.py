@@ -1,6 +1,7 @@
 """Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -360,3 +361,23 @@ def test_our_own_export(tmp_path):
     checkpoint = polyak.read(tmp_path / "x.safetensors", model=model)
     assert (checkpoint.format, dict(checkpoint.profiles)) == ("polyak", {"average": polyak.Exponential(0.9)})
     assert zoo.bit_equal(dict(checkpoint.average), average.weights())
+
+
+class TestTensorsThatAreNotPlain:
+    def test_they_are_left_out_by_name(self, tmp_path, weights):
+        odd = {"sparse": torch.eye(2).to_sparse(), "conjugate": torch.tensor([1 + 2j]).conj()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates quantised tensors
+            odd["quantised"] = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+            path = save(tmp_path, {"state_dict_ema": {**weights, **odd}, "state_dict": weights})
+        checkpoint = polyak.read(path)
+        assert zoo.bit_equal(dict(checkpoint.average), weights)
+        assert checkpoint.missing == tuple(odd)
+        assert checkpoint.notes == ("left out, for they are no plain tensors: 'sparse', 'conjugate', 'quantised'",)
+
+    def test_attributes_do_not_matter(self, tmp_path, weights):
+        weights["layer.weight"].tensor_parallel = {"dimension": 1}
+        parameter = torch.nn.Parameter(torch.ones(2))
+        parameter.sequence_parallel = True
+        content = {"state_dict_ema": {**weights, "p": parameter}}
+        assert zoo.bit_equal(dict(polyak.read(save(tmp_path, content)).average), {**weights, "p": torch.ones(2)})

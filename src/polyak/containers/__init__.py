@@ -1,8 +1,9 @@
 """How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
 
+from .objects import NO_PLAIN_TENSOR as NO_PLAIN_TENSOR
 from .opening import damaged as damaged
 from .opening import open_content as open_content
-from .safetensors_file import DTYPES as SAFETENSORS_DTYPES
+from .safetensors_file import SAFETENSORS_DTYPES as SAFETENSORS_DTYPES
 from .stored import ITEM_SIZES as ITEM_SIZES
 from .stored import Between as Between
 from .stored import Content as Content

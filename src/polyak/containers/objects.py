@@ -25,6 +25,9 @@ _STORAGES: Mapping[str, str] = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
+    "QInt8Storage": "int8",
+    "QUInt8Storage": "uint8",
+    "QInt32Storage": "int32",
 }
 # Of numpy's scalars: what `struct` calls a dtype.
 _SIGNED = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
@@ -63,6 +66,15 @@ _RECORDS = (
     "types.SimpleNamespace",
     "uuid.UUID",
 )
+_QUANTISED = (
+    "qint8",
+    "quint8",
+    "qint32",
+    "per_tensor_affine",
+    "per_channel_affine",
+    "per_channel_affine_float_qparams",
+)
+NO_PLAIN_TENSOR = "torch._utils._rebuild_"
 # Tensors of kinds that are not averaged, and are left where they are.
 _OTHER_TENSORS = (
     "torch._utils._rebuild_device_tensor_from_numpy",
@@ -129,10 +141,13 @@ def _refuse_call(name: str) -> Callable[..., Any]:
     return refuse
 
 
-def _tensor(*arguments: Any) -> Stored:
-    kept, start, shape, stride, *_ = arguments
+def _tensor(*arguments: Any) -> Stored | Record:
+    kept, start, shape, stride, *more = arguments
     if not isinstance(kept, StorageOf):
         raise FileFormatError("a tensor in it has no storage")
+    # Behind requires_grad and hooks: whether the numbers are the conjugates or negatives of those in the file.
+    if len(more) > 2 and more[2]:
+        return Record(f"{NO_PLAIN_TENSOR}v2", arguments)
     return stored(kept.dtype, shape, stride, start, kept.span)
 
 
@@ -225,6 +240,9 @@ _READ: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
     "torch.Size": _sequence,
+    "torch.Tensor": _refuse_call("torch.Tensor"),
+    **{f"torch.{name}": _refuse_call(f"torch.{name}") for name in _QUANTISED},
+    "torch.nn.parameter.Parameter": _refuse_call("torch.nn.Parameter"),
     "collections.OrderedDict": _dictionary,
     "collections.defaultdict": _dictionary,
     "collections.Counter": lambda *_: {},

@@ -189,11 +189,11 @@ class _Machine:
 def _key(key: object) -> Any:
     """A key of a dictionary: plain values, or a few of them in a tuple; hashing deeper tuples can take for ever.
 
-    A record is equal to itself alone.
+    A record, or a name such as a dtype, is equal to itself alone.
     """
     parts = cast("tuple[object, ...]", key) if isinstance(key, tuple) else (key,)
     if len(parts) > _MAX_KEY_PARTS or not all(
-        part is None or isinstance(part, (str, int, float, bytes, Record)) for part in parts
+        part is None or isinstance(part, (str, int, float, bytes, Record, Name)) for part in parts
     ):
         raise FileFormatError("a pickle in it has a dictionary whose keys are neither names nor numbers")
     return cast("Any", key)

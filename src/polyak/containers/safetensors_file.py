@@ -12,7 +12,7 @@ from polyak.errors import FileFormatError
 
 from .stored import Span, Stored, dense_stride, stored
 
-DTYPES: Mapping[str, str] = {
+SAFETENSORS_DTYPES: Mapping[str, str] = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -57,8 +57,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        if entry["dtype"] not in DTYPES:
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise FileFormatError(f"has the tensor {name[:80]!r} of dtype {entry['dtype']}, which is not read")
         span = Span(path, 8 + length + begin, end - begin)
-        tensors[name] = stored(DTYPES[entry["dtype"]], shape, dense_stride(shape), 0, span)
+        tensors[name] = stored(SAFETENSORS_DTYPES[entry["dtype"]], shape, dense_stride(shape), 0, span)
     return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyak.containers import Content, Leaf, Stored
+from polyak.containers import NO_PLAIN_TENSOR, Content, Leaf, Record, Stored
 from polyak.errors import FileFormatError, listed
 from polyak.names import canonical
 
@@ -106,6 +106,9 @@ def find_layout(
         parts.notes.append(layout.remark)
     groups = _groups(layout, content.path) or {}
     parts.averages = _by_average(layout.average, content, under, groups.get("average") or "")
+    left_out = _no_plain_tensors(layout.average, content, under)
+    if left_out:
+        parts.notes.append(f"left out, for they are no plain tensors: {listed(left_out)}")
     parts.raw = _first(layout.raw, content, under) if layout.beside is None else {}
     if not parts.raw and under:
         parts.raw = _first(WEIGHTS, content, ())
@@ -117,7 +120,7 @@ def find_layout(
         layout.code(parts, place)
     if any(parts.counters.get(name) == 0 for name in _UPDATES):
         parts.notes.append("nothing was averaged yet when it was saved")
-    missing: list[str] = []
+    missing = list(left_out)
     if layout.is_positional:
         _name(parts, place, missing)
     for average in parts.averages.values():
@@ -205,6 +208,14 @@ def _by_average(
             kept = averages.setdefault(average or name, {})
             kept |= {key: leaf for key, leaf in found.items() if key not in kept}
     return averages
+
+
+def _no_plain_tensors(patterns: Sequence[str], content: Content, under: tuple[str, ...]) -> list[str]:
+    """Names of what is quantised, sparse or otherwise no plain numbers in an average."""
+    found = [match for pattern in patterns for match in matches(content.tree, pattern, under=under)]
+    return [
+        match.key for match in found if isinstance(match.value, Record) and match.value.of.startswith(NO_PLAIN_TENSOR)
+    ]
 
 
 def _first(patterns: Sequence[str], content: Content, under: tuple[str, ...]) -> dict[str, Leaf]:
