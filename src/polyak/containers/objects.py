@@ -66,14 +66,8 @@ _RECORDS = (
     "types.SimpleNamespace",
     "uuid.UUID",
 )
-_QUANTISED = (
-    "qint8",
-    "quint8",
-    "qint32",
-    "per_tensor_affine",
-    "per_channel_affine",
-    "per_channel_affine_float_qparams",
-)
+_QSCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
+_QUANTISED = ("qint8", "quint8", "qint32", *_QSCHEMES)
 NO_PLAIN_TENSOR = "torch._utils._rebuild_"
 # Tensors of kinds that are not averaged, and are left where they are.
 _OTHER_TENSORS = (
