@@ -1,0 +1,3 @@
+"""The command `polyak`: arguments and printing."""
+
+from .app import main as main

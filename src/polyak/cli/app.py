@@ -1,0 +1,75 @@
+"""The commands, and how the program ends, whatever happens."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from polyak.errors import PolyakError
+
+from .inspect import inspect
+from .text import as_options, inert
+
+_MAX_ERROR = 2000
+
+app = typer.Typer(
+    name="polyak",
+    help="Averages of the weights of PyTorch models, in files.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(inspect)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("polyak"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Runs the command line. Errors that a user can do something about are one line; the exit code is then 2."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character is shown its number.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    code: str | int | None = 0
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except BrokenPipeError:
+        code = 1
+    except OSError as error:
+        what = f"{os.fspath(error.filename)!r}: {error.strerror}" if error.filename and error.strerror else str(error)
+        code = _fail(what)
+    except PolyakError as error:
+        code = _fail(str(error))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read it has enough. What is left must not be written when Python ends, either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _fail(what: str) -> int:
+    sys.stderr.write(f"polyak: {inert(as_options(what), limit=_MAX_ERROR)}\n")
+    return 2

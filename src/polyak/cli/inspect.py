@@ -1,0 +1,105 @@
+"""`polyak inspect FILE`: what is in a file, without a model and without torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from polyak.inspection import inspect as account_of
+from polyak.inspection import plain
+from polyak.layouts import examine
+
+from .show import show
+
+_WIDTH = 120
+
+
+def inspect(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A file of torch.save or safetensors, or a folder of Hugging Face's form or "
+            "torch.distributed.checkpoint.",
+            show_default=False,
+        ),
+    ],
+    format: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The layout, where it shall not be found out.")
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the averaged parameters in order, for layouts without names: a list in JSON, or one a line.",
+        ),
+    ] = None,
+    skip_objects: Annotated[
+        bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify", help="Read everything, and compare it with the checksums in the file; 1 is the exit code then."
+        ),
+    ] = False,
+) -> None:
+    """What is in a file: its layout, its averages and weights, how they were made and how far they are apart.
+
+    Without --verify a part of a large file is read, and distances are estimates.
+    """
+    found = examine(
+        file, format=format, names=[_read_names(names)] if names is not None else [], skip_objects=skip_objects
+    )
+    with _progress(wanted=verify) as progress:
+        account = account_of(found, verify=verify, progress=progress)
+    if as_json:
+        sys.stdout.write(json.dumps(plain(account), indent=2, allow_nan=False) + "\n")
+    else:
+        console = Console(markup=False, highlight=False, emoji=False)
+        if not console.is_terminal:
+            console.width = max(console.width, _WIDTH)
+        show(account, console)
+    if account.verification is not None and account.verification.problems:
+        raise typer.Exit(1)
+
+
+def _read_names(path: Path) -> list[str]:
+    """Names from a file.
+
+    Raises:
+        typer.BadParameter: there are none in it.
+    """
+    try:
+        text = path.read_text("utf-8")
+        given: Any = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except (ValueError, RecursionError) as error:
+        raise typer.BadParameter(
+            f"{path.name!r} holds neither a list in JSON nor lines of text", param_hint="--names"
+        ) from error
+    names = [name.strip() if isinstance(name, str) else name for name in cast("list[Any]", given)]
+    names = [name for name in names if name != ""]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise typer.BadParameter(f"{path.name!r} holds no names, or something else than names", param_hint="--names")
+    return names
+
+
+@contextmanager
+def _progress(*, wanted: bool) -> Generator[Callable[[int, int], None] | None]:
+    """A bar where people can see it; what is printed elsewhere stays as it is."""
+    console = Console(stderr=True)
+    if not wanted or not console.is_terminal:
+        yield None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        yield lambda done, whole: bar.update(task, completed=done, total=whole)

@@ -1,0 +1,90 @@
+"""Text from files, made harmless for a terminal, and numbers as people read them."""
+
+from __future__ import annotations
+
+import math
+
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+_CUT = "..."
+_OPTIONS = {
+    "model= or names=": "--names",
+    "skip_objects=True": "--skip-objects",
+    "run_pickled_code=True": "polyak.read(..., run_pickled_code=True)",
+    "format=": "--format",
+    "names=": "--names",
+}
+
+
+def inert(text: str, *, limit: int = 80) -> str:
+    r"""Text without characters that a terminal obeys or does not show, and with its middle left out if it is long.
+
+    Example:
+        >>> inert("\x1b[31mred"), inert("a" * 50 + "b" * 50, limit=11)
+        ('\\x1b[31mred', 'aaaa...bbbb')
+    """
+    if len(text) > limit:
+        half = (limit - len(_CUT)) // 2
+        text = f"{text[:half]}{_CUT}{text[-half:]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for character in text
+    )
+
+
+def as_options(text: str) -> str:
+    """What the library calls arguments, under the names that they have on the command line.
+
+    Example:
+        >>> as_options("Choose one by format=")
+        'Choose one by --format'
+    """
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
+
+def counted(count: int, what: str) -> str:
+    """A count of things.
+
+    Example:
+        >>> counted(1, "tensor"), counted(1000, "tensor")
+        ('1 tensor', '1,000 tensors')
+    """
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def of_bytes(count: int) -> str:
+    """Bytes in the unit in which there are less than a thousand.
+
+    Example:
+        >>> of_bytes(999), of_bytes(1_234_567)
+        ('999 bytes', '1.23 MB')
+    """
+    size, unit = float(count), 0
+    while size >= 999.5 and unit < len(_UNITS) - 1:
+        size, unit = size / 1000, unit + 1
+    return f"{count} bytes" if unit == 0 else f"{size:.3g} {_UNITS[unit]}"
+
+
+def share(part: int, whole: int) -> str:
+    """A share in percent.
+
+    Example:
+        >>> share(1, 3), share(1, 1_000_000)
+        ('33.3 %', '0.0001 %')
+    """
+    return f"{100 * part / whole:.3g} %" if whole else "0 %"
+
+
+def number(value: float) -> str:
+    """A number, or what it is instead.
+
+    Example:
+        >>> number(0.012345), number(math.nan)
+        ('0.01234', 'not finite')
+    """
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "infinite" if math.isinf(value) else "not finite"
+    return str(value)

@@ -1,0 +1,140 @@
+"""How far averages are from the weights that are trained, and which numbers are none: read in parts, summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from polyak.containers import Between, Leaf
+
+from .decoding import DTYPES
+from .reading import Files, reals
+from .regions import Region, all_regions, flattened, sizes, spread_regions
+
+# What is read at a time: of everything, enough to be fast, and little memory; of samples, a few pages.
+_CHUNK = 1 << 20
+_STRETCH = 1 << 16
+
+
+@dataclass(slots=True)
+class Row:
+    """Tensors of one name and shape in several copies, and what is summed over their numbers.
+
+    Attributes:
+        name: the first of its names.
+        leaves: by copy.
+        num_numbers: of one of them.
+        num_read: how many of these were read.
+        squares: sums of squares over what was read, by copy; of a copy that is compared, those of the difference.
+        nonfinite: how many numbers are NaN, and how many infinite, by copy.
+    """
+
+    name: str
+    leaves: dict[str, Leaf]
+    num_numbers: int
+    num_read: int = 0
+    squares: dict[str, float] = field(default_factory=dict[str, float])
+    nonfinite: dict[str, tuple[int, int]] = field(default_factory=dict[str, "tuple[int, int]"])
+
+    @property
+    def num_bytes(self) -> int:
+        """What reading all of it takes."""
+        return sum(leaf_bytes(leaf) for leaf in dict.fromkeys(self.leaves.values()))
+
+    def scaled(self, copy: str) -> float:
+        """The sum of squares over all of the tensor, as far as one can tell from what was read."""
+        return self.squares[copy] * (self.num_numbers / self.num_read)
+
+
+def leaf_bytes(leaf: Leaf) -> int:
+    """What reading all of a tensor takes."""
+    return 2 * leaf.num_bytes if isinstance(leaf, Between) else leaf.num_bytes
+
+
+def is_looked_at(leaf: Leaf) -> bool:
+    """Whether a tensor has numbers that can be compared."""
+    return leaf.dtype in DTYPES and math.prod(leaf.shape) > 0
+
+
+def rows(copies: Mapping[str, Mapping[str, Leaf]]) -> list[Row]:
+    """What there is to read, by name; tensors with several names once."""
+    found: dict[tuple[tuple[str, Leaf], ...], Row] = {}
+    for name in dict.fromkeys(name for copy in copies.values() for name in copy):
+        by_shape: dict[tuple[int, ...], dict[str, Leaf]] = {}
+        for key, copy in copies.items():
+            if name in copy and is_looked_at(copy[name]):
+                by_shape.setdefault(copy[name].shape, {})[key] = copy[name]
+        for shape, leaves in by_shape.items():
+            found.setdefault(tuple(leaves.items()), Row(name, leaves, math.prod(shape)))
+    return list(found.values())
+
+
+def look(
+    files: Files, given: Sequence[Row], *, raw: str, budget: int | None, progress: Callable[[int], None] | None = None
+) -> None:
+    """Reads tensors and fills in the sums.
+
+    Args:
+        files: reads them.
+        given: the rows.
+        raw: the copy that the others are compared with.
+        budget: bytes that are read at most, about; None for all.
+        progress: told how many bytes more were read.
+    """
+    level = math.inf if budget is None else _level([row.num_bytes for row in given], budget)
+    for row in given:
+        keys = list(row.leaves)
+        leaves = dict(zip(keys, flattened(list(row.leaves.values())), strict=True))
+        for region in _regions(row, list(leaves.values()), level):
+            _add(row, files, leaves, region, raw)
+            if progress is not None:
+                progress(math.prod(sizes(region)) * row.num_bytes // row.num_numbers)
+
+
+def _level(sizes: Iterable[int], budget: int) -> float:
+    """How much of each tensor can be read within a budget: of smaller ones all, and the rest shared by the others.
+
+    Example:
+        >>> _level([10, 100, 100], 110), _level([10, 20], 110)
+        (50.0, inf)
+    """
+    left = sorted(sizes)
+    rest = float(budget)
+    for place, size in enumerate(left):
+        if size * (len(left) - place) > rest:
+            return rest / (len(left) - place)
+        rest -= size
+    return math.inf
+
+
+def _regions(row: Row, leaves: Sequence[Leaf], level: float) -> Iterator[Region]:
+    distinct = list(dict.fromkeys(leaves))
+    if row.num_bytes <= level:
+        return all_regions(distinct, _CHUNK)
+    share = level / sum(2 if isinstance(leaf, Between) else 1 for leaf in distinct)
+    stretch = int(min(share, _STRETCH))
+    return spread_regions(distinct, stretch, max(int(share // max(stretch, 1)), 1))
+
+
+def _add(row: Row, files: Files, leaves: Mapping[str, Leaf], region: Region, raw: str) -> None:
+    given = {leaf: files.numbers(leaf, region) for leaf in dict.fromkeys(leaves.values())}
+    row.num_read += math.prod(sizes(region))
+    with np.errstate(all="ignore"):
+        numbers = {leaf: reals(values) for leaf, values in given.items()}
+        # Numbers that are none make the sum one, too: then they are counted.
+        sums = {leaf: float(np.dot(values, values)) for leaf, values in numbers.items()}
+        for key, leaf in leaves.items():
+            if not math.isfinite(sums[leaf]):
+                num_nan = int(np.isnan(given[leaf]).sum())
+                num_infinite = int((~np.isfinite(given[leaf])).sum()) - num_nan
+                before = row.nonfinite.get(key, (0, 0))
+                row.nonfinite[key] = (before[0] + num_nan, before[1] + num_infinite)
+            if key == raw or raw not in leaves:
+                square = sums[leaf]
+            else:
+                difference = numbers[leaf] - numbers[leaves[raw]]
+                square = float(np.dot(difference, difference))
+            row.squares[key] = row.squares.get(key, 0.0) + square
