@@ -72,7 +72,7 @@ def _facts(account: Account) -> Table:
     facts.add_column(overflow="fold")
     lines = {
         "counters": ", ".join(f"{inert(name)} {number(value)}" for name, value in account.counters.items()),
-        "decay": "" if account.decay is None else repr(account.decay),
+        "decay": "" if account.decay is None else f"{account.decay!r}{_ages(account)}",
         "profile": _some((_profile(each, several=len(account.profiles) > 1) for each in account.profiles), "\n"),
         **{
             f"ties in {inert(copy.name)}": _some((_some(map(inert, tie), " = ") for tie in copy.ties), "\n")
@@ -90,9 +90,13 @@ def _facts(account: Account) -> Table:
 
 
 def _profile(profile: ProfileAccount, *, several: bool) -> str:
-    ages = [("half-life", profile.half_life), ("mean age", profile.mean_age)]
-    known = "".join(f", {what} {number(age)}" for what, age in ages if age is not None)
-    return f"{inert(profile.average) + ': ' if several else ''}{inert(profile.profile, limit=200)}{known}"
+    name = f"{inert(profile.average)}: " if several else ""
+    return f"{name}{inert(profile.profile, limit=200)}{_ages(profile)}"
+
+
+def _ages(of: Account | ProfileAccount) -> str:
+    ages = [("half-life", of.half_life), ("mean age", of.mean_age)]
+    return "".join(f", {what} {number(age)}" for what, age in ages if age is not None)
 
 
 def _other(other: Other) -> str:
@@ -142,6 +146,7 @@ def _show_nonfinite(account: Account, console: Console) -> None:
 def _show_verification(verification: Verification, console: Console) -> None:
     compared = verification.num_fitting + len(verification.problems)
     fit = f" {verification.num_fitting:,} of {compared:,} checksums fit, {of_bytes(verification.num_bytes)}"
+    fit = fit if compared else " there was no checksum to compare with"
     console.print(Text("\n".join([fit, *(f" {inert(note, limit=200)}" for note in verification.notes)])))
     if verification.problems:
         rows = [(inert(each.file), inert(each.record), inert(each.problem)) for each in verification.problems]

@@ -80,8 +80,8 @@ def number(value: float) -> str:
     """A number, or what it is instead.
 
     Example:
-        >>> number(0.012345), number(math.nan)
-        ('0.01234', 'not finite')
+        >>> number(0.01234567), number(math.nan)
+        ('0.01235', 'not finite')
     """
     if isinstance(value, int) and abs(value) >= 1 << 63:
         return f"an integer of {value.bit_length()} bits"

@@ -46,7 +46,7 @@ class ProfileAccount:
         average: its name.
         profile: as text.
         half_life: in units of the time axis, where it is known.
-        mean_age: likewise.
+        mean_age: of the weights in it, likewise.
     """
 
     average: str
@@ -151,6 +151,8 @@ class Account:
         copies: the averages, and last the weights that are trained, where they are there.
         counters: how far the training was.
         decay: of the average, where the file says it.
+        half_life: in updates, of that decay.
+        mean_age: of the weights in such an average, likewise.
         profiles: how each average was made, where the file says it.
         missing: names that the averages lack.
         notes: what should be known of it.
@@ -170,6 +172,8 @@ class Account:
     copies: tuple[Copy, ...]
     counters: dict[str, int | float]
     decay: float | None
+    half_life: float | None
+    mean_age: float | None
     profiles: tuple[ProfileAccount, ...]
     missing: tuple[str, ...]
     notes: tuple[str, ...]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
 
 from polyak.containers import Between, Leaf
 
-from .decoding import DTYPES
-from .reading import Files, reals
+from .decoding import DTYPES, Array, wide
+from .reading import Files
 from .regions import Region, all_regions, flattened, sizes, spread_regions
 
 # What is read at a time: of everything, enough to be fast, and little memory; of samples, a few pages.
@@ -85,11 +86,16 @@ def look(
         progress: told how many bytes more were read.
     """
     level = math.inf if budget is None else _level([row.num_bytes for row in given], budget)
-    for row in given:
-        keys = list(row.leaves)
-        leaves = dict(zip(keys, flattened(list(row.leaves.values())), strict=True))
-        for region in _regions(row, list(leaves.values()), level):
-            _add(row, files, leaves, region, raw)
+    jobs = [_Job(row, level) for row in given]
+    if level < math.inf:
+        for job in jobs:
+            for region in job.regions():
+                for leaf in job.distinct:
+                    files.expect(leaf, region)
+    for job in jobs:
+        row = job.row
+        for region in job.regions():
+            _add(row, files, job.leaves, region, raw)
             if progress is not None:
                 progress(math.prod(sizes(region)) * row.num_bytes // row.num_numbers)
 
@@ -110,31 +116,43 @@ def _level(sizes: Iterable[int], budget: int) -> float:
     return math.inf
 
 
-def _regions(row: Row, leaves: Sequence[Leaf], level: float) -> Iterator[Region]:
-    distinct = list(dict.fromkeys(leaves))
-    if row.num_bytes <= level:
-        return all_regions(distinct, _CHUNK)
-    share = level / sum(2 if isinstance(leaf, Between) else 1 for leaf in distinct)
-    stretch = int(min(share, _STRETCH))
-    return spread_regions(distinct, stretch, max(int(share // max(stretch, 1)), 1))
+class _Job:
+    """What of a row is read."""
+
+    def __init__(self, row: Row, level: float) -> None:
+        self.row = row
+        self.leaves = dict(zip(row.leaves, flattened(list(row.leaves.values())), strict=True))
+        self.distinct = list(dict.fromkeys(self.leaves.values()))
+        self._level = level
+
+    def regions(self) -> Iterator[Region]:
+        """All of it, or stretches that take a given number of bytes in all."""
+        if self.row.num_bytes <= self._level:
+            return all_regions(self.distinct, _CHUNK)
+        share = self._level / sum(2 if isinstance(leaf, Between) else 1 for leaf in self.distinct)
+        stretch = int(min(share, _STRETCH))
+        return spread_regions(self.distinct, stretch, max(int(share // max(stretch, 1)), 1))
 
 
 def _add(row: Row, files: Files, leaves: Mapping[str, Leaf], region: Region, raw: str) -> None:
     given = {leaf: files.numbers(leaf, region) for leaf in dict.fromkeys(leaves.values())}
     row.num_read += math.prod(sizes(region))
     with np.errstate(all="ignore"):
-        numbers = {leaf: reals(values) for leaf, values in given.items()}
+        numbers = {leaf: wide(values).ravel() for leaf, values in given.items()}
         # Numbers that are none make the sum one, too: then they are counted.
-        sums = {leaf: float(np.dot(values, values)) for leaf, values in numbers.items()}
+        sums = {leaf: _square(values) for leaf, values in numbers.items()}
         for key, leaf in leaves.items():
             if not math.isfinite(sums[leaf]):
                 num_nan = int(np.isnan(given[leaf]).sum())
                 num_infinite = int((~np.isfinite(given[leaf])).sum()) - num_nan
                 before = row.nonfinite.get(key, (0, 0))
                 row.nonfinite[key] = (before[0] + num_nan, before[1] + num_infinite)
-            if key == raw or raw not in leaves:
-                square = sums[leaf]
-            else:
-                difference = numbers[leaf] - numbers[leaves[raw]]
-                square = float(np.dot(difference, difference))
+            is_alone = key == raw or raw not in leaves
+            square = sums[leaf] if is_alone else _square(numbers[leaf] - numbers[leaves[raw]])
             row.squares[key] = row.squares.get(key, 0.0) + square
+
+
+def _square(numbers: Array) -> float:
+    """Its norm, squared. Not by BLAS, whose threads wait for each other longer than all of this takes."""
+    parts = cast("Any", numbers).view(np.float64)
+    return float(np.einsum("i,i->", parts, parts))

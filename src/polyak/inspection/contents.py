@@ -45,6 +45,11 @@ class Contents:
             inside = list(_inside(cast("Any", value)))
             waiting += ((name, part, id(value)) for name, part in reversed(inside))
 
+    @property
+    def leaves(self) -> list[Leaf]:
+        """All tensors of the file."""
+        return [leaf for top in self._tops for leaf in top.leaves]
+
     def where(self, tensors: Mapping[str, Leaf]) -> tuple[str, ...]:
         """The places of a copy's tensors, in the words of the table of layouts: "state_dict_ema/*", "model.*"."""
         inside: dict[tuple[str, ...], list[tuple[str, str]]] = {}

@@ -52,6 +52,11 @@ def decode(raw: Array, dtype: str) -> Array:
     return _table(dtype)[raw]
 
 
+def wide(numbers: Array) -> Array:
+    """Numbers in 64 bits, or in twice that where they are complex."""
+    return numbers.astype(np.complex128 if np.iscomplexobj(numbers) else np.float64, copy=False)
+
+
 @cache
 def _table(dtype: str) -> Array:
     """The number that each byte stands for."""

@@ -17,7 +17,7 @@ from .checking import verify as verify_files
 from .comparing import is_looked_at, look, rows
 from .contents import Contents
 from .distances import distances, nonfinite
-from .making import profiles
+from .making import ages_of_decay, profiles
 from .reading import Files
 
 BUDGET = 1 << 26
@@ -59,14 +59,15 @@ def inspect(
     contents = Contents(content.tree)
     compared = rows(copies)
     total = sum(row.num_bytes for row in compared)
-    paths = _files(copies.values(), content.path)
-    step = None
-    if progress is not None:
-        whole = total + sum(path.stat().st_size for path in paths) if verify else min(total, budget)
-        step = _Progress(progress, whole).add
+    paths = _files([*contents.leaves, *(leaf for copy in copies.values() for leaf in copy.values())], content.path)
+    whole = total + sum(path.stat().st_size for path in paths) if verify else min(total, budget)
+    step = None if progress is None else _Progress(progress, whole).add
     with Files(in_order=verify or total <= budget) as files:
         look(files, compared, raw=raw, budget=None if verify else budget, progress=step)
     verification: Verification | None = verify_files(paths, progress=step) if verify else None
+    if progress is not None:
+        progress(whole, whole)
+    half_life, mean_age = ages_of_decay(found.decay)
     used = [leaf for copy in copies.values() for leaf in copy.values()]
     return Account(
         path=os.fspath(content.path),
@@ -79,6 +80,8 @@ def inspect(
         ),
         counters=dict(found.counters),
         decay=found.decay,
+        half_life=half_life,
+        mean_age=mean_age,
         profiles=profiles(found),
         missing=found.missing,
         notes=(*found.notes, *_other_shapes(copies, raw)),
@@ -113,10 +116,10 @@ def _free_name(averages: Mapping[str, object]) -> str:
     return name
 
 
-def _files(copies: Iterable[Mapping[str, Leaf]], path: Path) -> list[Path]:
-    """The files that a copy has bytes in; the file itself in any case."""
+def _files(leaves: Iterable[Leaf], path: Path) -> list[Path]:
+    """The files that tensors have bytes in; the file itself in any case."""
     found = [path] if path.is_file() else []
-    found += [part.span.path for copy in copies for leaf in copy.values() for part in leaves_of(leaf)]
+    found += [part.span.path for leaf in leaves for part in leaves_of(leaf)]
     return list(dict.fromkeys(found))
 
 
@@ -125,7 +128,7 @@ def _copy(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path
     for key, leaf in tensors.items():
         by_leaf.setdefault(leaf, []).append(key)
     folder = path if path.is_dir() else path.parent
-    files = _files([tensors], folder / "")
+    files = _files(tensors.values(), folder)
     return Copy(
         name=name,
         is_average=is_average,

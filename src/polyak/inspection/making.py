@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from polyak.layouts import ALONE, Found
+from polyak.layouts import Found
 from polyak.profiles import Exponential, Power, Profile, Uniform, profile_from_description
 
 from .account import ProfileAccount
@@ -15,16 +15,15 @@ _MAX_TIME = 1 << 63
 
 
 def profiles(found: Found) -> tuple[ProfileAccount, ...]:
-    """The profile of each average; where there is just a decay, what follows from it."""
+    """The profile of each average that the file describes."""
     time = found.counters.get("time", math.inf)
     now = float(time) if time < _MAX_TIME else math.inf
-    described = [_profile(name, about, now) for name, about in found.profiles.items()]
-    if not described and found.decay is not None and 0 <= found.decay < 1:
-        profile = Exponential(found.decay)
-        described = [
-            ProfileAccount(name, repr(profile), *_ages(profile, math.inf)) for name in found.averages or [ALONE]
-        ]
-    return tuple(described)
+    return tuple(_profile(name, about, now) for name, about in found.profiles.items())
+
+
+def ages_of_decay(decay: float | None) -> tuple[float | None, float | None]:
+    """Half-life and mean age, in updates, of an average that keeps so much of itself at each of them."""
+    return (None, None) if decay is None or not 0 <= decay < 1 else _ages(Exponential(decay), math.inf)
 
 
 def _profile(name: str, about: Mapping[str, Any], now: float) -> ProfileAccount:
