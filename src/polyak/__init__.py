@@ -9,7 +9,7 @@ _NAMES = {
     "attach": "Attachment",
     "average": "WeightAverage",
     "batchnorm": "recalibrate_batchnorm",
-    "checkpoints": "Checkpoint load read save",
+    "checkpoints": "Checkpoint Conversion convert load read save",
     "errors": "FileFormatError MismatchError PolyakError StateError",
     "kernels": "dead_zone",
     "layouts": "formats",

@@ -4,6 +4,8 @@ from .attach import Attachment as Attachment
 from .average import WeightAverage as WeightAverage
 from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
 from .checkpoints import Checkpoint as Checkpoint
+from .checkpoints import Conversion as Conversion
+from .checkpoints import convert as convert
 from .checkpoints import load as load
 from .checkpoints import read as read
 from .checkpoints import save as save

@@ -1,0 +1,209 @@
+"""What a conversion writes from: whole sets of tensors, cast once, tied where they were tied in the file."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from polyak.containers import Leaf
+from polyak.entries import gather, unwrap
+from polyak.errors import FileFormatError, MismatchError, listed, outside
+from polyak.kernels import is_plain
+
+from .checkpoint import Checkpoint
+from .counters import is_positional
+from .tensors import Tensors
+
+
+@dataclass(kw_only=True)
+class Material:
+    """What a conversion writes from.
+
+    Attributes:
+        checkpoint: what was read.
+        chosen: the name of its average that is converted.
+        average: by name; tied names have the same tensor.
+        raw: the weights that are trained, by name, where the file has them. What the file has in both is the same
+            tensor here.
+        order: names of the parameters, where the layout to write is positional.
+        decay: as the caller gave it.
+        config: of the model, where the layout to write is a folder.
+        notes: what the account says.
+    """
+
+    checkpoint: Checkpoint
+    chosen: str
+    average: dict[str, Tensor]
+    raw: dict[str, Tensor] | None
+    order: Sequence[str] = ()
+    decay: float | None = None
+    config: Mapping[str, object] | None = None
+    notes: list[str] = field(default_factory=list[str])
+
+
+def choose(checkpoint: Checkpoint, average: str | None) -> str:
+    """The name of the average to convert.
+
+    Raises:
+        FileFormatError: there is none, or there are several and none was chosen, or there is no such one.
+    """
+    names = list(checkpoint.averages)
+    if not names:
+        raise FileFormatError(f"{str(checkpoint.path)!r} has no average to convert, but only raw weights")
+    if average is not None and average not in names:
+        raise FileFormatError(f"average={average!r} is not in {str(checkpoint.path)!r}, which has {listed(names)}")
+    if average is None and len(names) > 1:
+        raise FileFormatError(f"{str(checkpoint.path)!r} has several averages, {listed(names)}; choose one by average=")
+    return names[0] if average is None else average
+
+
+class Maker:
+    """Makes each tensor of a file once: cast, and by itself, so that nothing else of its storage is written."""
+
+    def __init__(self, path: str | os.PathLike[str], dtype: torch.dtype | None) -> None:
+        self._path = path
+        self._dtype = dtype
+        self._made: dict[Leaf, Tensor] = {}
+
+    def tensors(self, given: Tensors, prefix: str) -> dict[str, Tensor]:
+        """All tensors of a set. Names that are tied in the file get the same tensor."""
+        return {f"{prefix}{name}": self._tensor(given, name) for name in given}
+
+    def cast(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype that was chosen, where it is floating-point.
+
+        Raises:
+            ValueError: a number in it is too large for the dtype.
+        """
+        if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == self._dtype:
+            return tensor
+        made = tensor.to(self._dtype)
+        if torch.isfinite(made).all() or torch.isfinite(made).equal(torch.isfinite(tensor)):
+            return made
+        largest = tensor[torch.isfinite(tensor)].abs().max().item()
+        raise ValueError(
+            f"{name!r} of {os.fspath(self._path)!r} has the number {largest:.6g}, and {self._dtype} ends at "
+            f"{torch.finfo(self._dtype).max:.6g}; choose another dtype"
+        )
+
+    def _tensor(self, given: Tensors, name: str) -> Tensor:
+        leaf = given.leaf(name)
+        if leaf not in self._made:
+            tensor = given[name]
+            made = self.cast(name, tensor)
+            is_whole = made.untyped_storage().nbytes() == made.numel() * made.element_size()
+            self._made[leaf] = made if is_whole else made.clone()
+        return self._made[leaf]
+
+
+def complete(material: Material, model: nn.Module | None, maker: Maker) -> None:
+    """Makes both sets whole: each takes what it lacks from the other, and buffers from the model as the last resort.
+
+    Raises:
+        MismatchError: a parameter of the model is in neither set.
+    """
+    average, raw, path = material.average, material.raw, str(material.checkpoint.path)
+    if raw is not None:
+        lacking = [name for name in raw if name not in average]
+        if lacking:
+            material.notes.append(f"not averaged, and as in the raw weights: {listed(lacking)}")
+        of_average = [name for name in average if name not in raw]
+        if of_average:
+            material.notes.append(f"not in the raw weights, and as in the average: {listed(of_average)}")
+        order = dict.fromkeys([*raw, *average])
+        material.average = {name: average[name] if name in average else raw[name] for name in order}
+        material.raw = {name: raw[name] if name in raw else average[name] for name in order}
+    if model is None:
+        if is_positional(material.checkpoint):
+            material.notes.append(
+                "the input has parameters only, each under one name: buffers and tied names, if the model has any, are "
+                "not in it; give model="
+            )
+        return
+    sites = [site for group in gather(unwrap(model)) for site in group if site.persistent]
+    lacking = [site for site in sites if site.name not in material.average]
+    parameters = [site.name for site in lacking if site.is_parameter or not is_plain(site.tensor)]
+    if parameters:
+        raise MismatchError(
+            f"the model has {listed(parameters)}, and {path!r} does not; give the model that was averaged"
+        )
+    if lacking:
+        warnings.warn(
+            f"{path!r} has no buffers {listed(site.name for site in lacking)}: they are written as they are in the "
+            "model that was given, which has to be the trained one",
+            stacklevel=outside(),
+        )
+        material.notes.append(f"as in the model that was given: {listed(site.name for site in lacking)}")
+    for site in lacking:
+        tensor = maker.cast(site.name, site.tensor.detach().cpu().clone())
+        material.average[site.name] = tensor
+        if material.raw is not None:
+            material.raw[site.name] = tensor
+
+
+def order_of(
+    material: Material,
+    tensors: Tensors,
+    *,
+    prefix: str,
+    names: Sequence[str] | None,
+    model: nn.Module | None,
+) -> list[str]:
+    """The names of the parameters, in the order in which a positional layout has them.
+
+    Raises:
+        MismatchError: nobody says what is a parameter, or the file lacks one.
+    """
+    known = {**(material.raw or {}), **material.average}
+    if is_positional(material.checkpoint):
+        order = [f"{prefix}{name}" for name in _once(tensors)]
+    elif model is not None:
+        order = [group[0].name for group in gather(unwrap(model)) if group[0].is_parameter]
+    elif names is not None:
+        order = list(names)
+    else:
+        raise MismatchError(
+            f"the tensors of torch_ema go by their positions among the model's parameters, and {len(tensors)} names in "
+            f"{str(material.checkpoint.path)!r} do not tell which are parameters, and in what order: give model=, or "
+            "names= in the order of model.parameters()"
+        )
+    unknown = [name for name in order if name not in known]
+    if unknown:
+        raise MismatchError(
+            f"{str(material.checkpoint.path)!r} has no {listed(unknown)}: give names= of what it averages"
+        )
+    copied = [name for name in order if name not in material.average]
+    if copied:
+        material.notes.append(f"not averaged, and as in the raw weights: {listed(copied)}")
+    return order
+
+
+def _once(tensors: Tensors) -> list[str]:
+    """The names of tensors, of tied ones the first."""
+    found: dict[Leaf, str] = {}
+    for name in tensors:
+        found.setdefault(tensors.leaf(name), name)
+    return list(found.values())
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under one name each, of tied ones the first."""
+    found: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        found.setdefault(id(tensor), name)
+    return {name: tensors[name] for name in found.values()}
+
+
+def separate(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same tensors; where one comes again, a copy of it."""
+    seen: set[int] = set()
+    found: list[Tensor] = []
+    for tensor in tensors:
+        found.append(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return found
