@@ -173,6 +173,10 @@ class TestSharded:
             found |= part
         assert zoo.bit_equal(found, tensors)
 
+    def test_other_files_of_the_folder(self, tmp_path):
+        write_sharded(tmp_path / "x", self.tensors(), metadata={}, max_bytes=1000, beside={"config.json": b"{}"})
+        assert (tmp_path / "x" / "config.json").read_bytes() == b"{}"
+
     def test_a_folder_that_is_not_empty(self, tmp_path):
         (tmp_path / "x").touch()
         with pytest.raises(FileExistsError, match="there is a folder with 1 entry; choose another name, or remove"):

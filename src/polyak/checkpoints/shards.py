@@ -19,6 +19,7 @@ def write_sharded(
     metadata: Mapping[str, str],
     max_bytes: int,
     stem: str = "model",
+    beside: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes tensors by name to a new folder, whole or not at all, as `from_pretrained` reads them.
 
@@ -31,6 +32,7 @@ def write_sharded(
         metadata: of each file.
         max_bytes: that the tensors of one file have at most. A tensor that has more gets a file of its own.
         stem: how the names of the files begin: "model", or "diffusion_pytorch_model" for diffusers.
+        beside: other files of the folder, by name, such as a configuration.
 
     Raises:
         FileExistsError: `folder` is a file, or a folder that is not empty.
@@ -47,9 +49,10 @@ def write_sharded(
             with (temporary / name).open("xb") as file:
                 write_tensors(file, shard, metadata=metadata)
                 flush(file)
-        if len(shards) > 1:
-            with (temporary / f"{stem}.safetensors.index.json").open("xb") as file:
-                file.write(_index(names, shards))
+        index = {f"{stem}.safetensors.index.json": _index(names, shards)} if len(shards) > 1 else {}
+        for name, content in {**index, **(beside or {})}.items():
+            with (temporary / name).open("xb") as file:
+                file.write(content)
                 flush(file)
 
 
