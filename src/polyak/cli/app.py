@@ -12,6 +12,7 @@ import typer
 
 from polyak.errors import PolyakError
 
+from .convert import convert
 from .inspect import inspect
 from .text import as_options, inert
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(inspect)
+app.command()(convert)
 
 
 def _show_version(wanted: bool) -> None:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -17,6 +17,7 @@ from polyak.inspection import inspect as account_of
 from polyak.inspection import plain
 from polyak.layouts import examine
 
+from .names import read_names
 from .show import show
 
 _WIDTH = 120
@@ -58,7 +59,7 @@ def inspect(
     Without --verify a part of a large file is read, and distances are estimates.
     """
     found = examine(
-        file, format=format, names=[_read_names(names)] if names is not None else [], skip_objects=skip_objects
+        file, format=format, names=[read_names(names)] if names is not None else [], skip_objects=skip_objects
     )
     with _progress(wanted=verify) as progress:
         account = account_of(found, verify=verify, progress=progress)
@@ -71,26 +72,6 @@ def inspect(
         show(account, console)
     if account.verification is not None and account.verification.problems:
         raise typer.Exit(1)
-
-
-def _read_names(path: Path) -> list[str]:
-    """Names from a file.
-
-    Raises:
-        typer.BadParameter: there are none in it.
-    """
-    try:
-        text = path.read_text("utf-8")
-        given: Any = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except (ValueError, RecursionError) as error:
-        raise typer.BadParameter(
-            f"{path.name!r} holds neither a list in JSON nor lines of text", param_hint="--names"
-        ) from error
-    names = [name.strip() if isinstance(name, str) else name for name in cast("list[Any]", given)]
-    names = [name for name in names if name != ""]
-    if not names or not all(isinstance(name, str) for name in names):
-        raise typer.BadParameter(f"{path.name!r} holds no names, or something else than names", param_hint="--names")
-    return names
 
 
 @contextmanager

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 _CUT = "..."
 _OPTIONS = {
     "model= or names=": "--names",
+    "model=, or names=": "--names",
+    "give model=": "give its model to polyak.convert()",
     "skip_objects=True": "--skip-objects",
     "run_pickled_code=True": "polyak.read(..., run_pickled_code=True)",
+    "average=": "--average",
+    "config=": "--config",
+    "decay=": "--decay",
     "format=": "--format",
+    "to=": "--to",
     "names=": "--names",
 }
 
@@ -37,9 +44,13 @@ def as_options(text: str) -> str:
     Example:
         >>> as_options("Choose one by format=")
         'Choose one by --format'
+        >>> as_options("format='x' is unknown")
+        "--format 'x' is unknown"
     """
     for argument, option in _OPTIONS.items():
-        text = text.replace(argument, option)
+        # A value that follows is a word of its own.
+        written = rf"(?<!\w){re.escape(argument)}"
+        text = re.sub(written, option, re.sub(rf"{written}(?=['\d])", f"{option} ", text))
     return text
 
 

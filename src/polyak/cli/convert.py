@@ -1,0 +1,111 @@
+"""`polyak convert IN OUT --to LAYOUT`: an average that one library saved, as another one loads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from polyak.errors import PolyakError
+
+from .names import read_names
+from .text import as_options, inert
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_MAX_LINE = 400
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A file or folder that any library wrote.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="A file, which is replaced if it is there; or a new folder.", show_default=False
+        ),
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="LAYOUT",
+            help="safetensors, plain, timm, torch, ema-pytorch, torch-ema or lightning: a file. huggingface, "
+            "diffusers: a folder.",
+            show_default=False,
+        ),
+    ],
+    average: Annotated[str | None, typer.Option(metavar="NAME", help="Which one, where there are several.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Of floating-point tensors: bfloat16, float32 and so on.")
+    ] = None,
+    decay: Annotated[
+        float | None, typer.Option(help="Of the average, for layouts that keep it, where the input does not.")
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Names of the averaged parameters in order, for layouts without names: a list in JSON, or one a line.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The model's config.json, where the input folder has none."),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The layout of IN, where it shall not be found out.")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a file of a folder, in bytes, or as 500MB or 5GB.")
+    ] = "5GB",
+    skip_objects: Annotated[
+        bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
+    ] = False,
+) -> None:
+    """Write an average that one library saved as another one loads it, and trains on from.
+
+    What the layout needs and the input lacks is assumed, and what is printed says so.
+    """
+    # Only here: torch takes seconds, and the other commands do without.
+    import torch
+
+    from polyak.checkpoints import convert as convert_file
+
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if dtype is not None else None
+    if dtype is not None and not isinstance(chosen, torch.dtype):
+        raise typer.BadParameter(f"{dtype!r} is no dtype; take bfloat16, float16 or float32", param_hint="--dtype")
+    try:
+        done = convert_file(
+            source,
+            output,
+            to=to,
+            average=average,
+            dtype=chosen,
+            decay=decay,
+            names=None if names is None else read_names(names),
+            format=format,
+            config=config,
+            max_shard_bytes=_num_bytes(max_shard_size),
+            skip_objects=skip_objects,
+        )
+    except PolyakError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(inert(as_options(str(error)), limit=_MAX_LINE)) from error
+    about, result, *notes = str(done).splitlines()
+    for line in (about, result, *map(as_options, notes)):
+        typer.echo(inert(line, limit=_MAX_LINE))
+
+
+def _num_bytes(size: str) -> int:
+    """Bytes of a size such as 5GB.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", size.strip(), re.IGNORECASE)
+    if found is None:
+        raise typer.BadParameter(f"{size!r} is no size; write it as 5GB", param_hint="--max-shard-size")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
