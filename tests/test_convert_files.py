@@ -127,15 +127,16 @@ class TestWhatIsMissing:
         assert torch.equal(loaded["4.bias"], case.raw["4.bias"])
 
     @pytest.mark.protects
-    def test_buffers_of_the_model_are_taken_with_a_warning(self, tmp_path):
+    def test_what_is_not_trained_is_taken_from_the_model_with_a_warning(self, tmp_path):
         case = cases.timm(tmp_path)
-        parameters = [name for name, _ in case.model.named_parameters()]
+        case.model[0].bias.requires_grad_(False)
+        parameters = [name for name, tensor in case.model.named_parameters() if tensor.requires_grad]
         torch.save({"ema": {name: case.average[name] for name in parameters}}, tmp_path / "in.pth")
-        with pytest.warns(UserWarning, match=r"in.pth' has no buffers '1.running_mean', .* has to be the trained one"):
+        with pytest.warns(UserWarning, match=r"in.pth' has no '0.bias', '1.running_mean', .* which has to be the one"):
             polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to="plain", model=case.model)
         loaded = torch.load(tmp_path / "out.pth", weights_only=True)
         zoo.batchnorm().load_state_dict(loaded)
-        assert torch.equal(loaded["1.running_mean"], case.raw["1.running_mean"])
+        assert all(torch.equal(loaded[name], case.raw[name]) for name in ("0.bias", "1.running_mean"))
 
     def test_parameters_of_the_model_are_not_made_up(self, tmp_path):
         case = cases.torch_average(tmp_path)
@@ -175,6 +176,11 @@ class TestWhatIsMissing:
         case = cases.export(tmp_path)
         done = polyak.convert(case.path, tmp_path / "out.pth", to="plain")
         assert done.notes == ("the layout has no place for the number of updates, 3, for the decay, 0.9",)
+        average = polyak.WeightAverage(zoo.mlp(), polyak.Uniform())
+        with pytest.warns(UserWarning, match="after 0 updates"):
+            average.export(tmp_path / "uniform.safetensors")
+        done = polyak.convert(tmp_path / "uniform.safetensors", tmp_path / "out.pt", to="torch")
+        assert "the layout has no place for the profile, Uniform()" in done.notes
         done = polyak.convert(case.path, tmp_path / "out.safetensors", to="safetensors")
         assert done.notes == ()
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
@@ -287,6 +293,15 @@ class TestRefused:
         polyak.convert(case.path, tmp_path / "folder", to="huggingface")
         with pytest.raises(ValueError, match="is the input or in it"):
             polyak.convert(tmp_path / "folder", tmp_path / "folder" / "model.safetensors", to="safetensors")
+
+    @pytest.mark.protects
+    def test_the_raw_weights_of_the_input_as_output(self, tmp_path):
+        case = cases.timm(tmp_path)
+        nemo = {"state_dict": case.average, "optimizer_states": [{"ema": [], "decay": 0.9}]}
+        torch.save(nemo, tmp_path / "last-EMA.ckpt")
+        torch.save({"state_dict": case.raw}, tmp_path / "last.ckpt")
+        with pytest.raises(ValueError, match=r"last.ckpt' has weights that .*last-EMA.ckpt' goes with; choose another"):
+            polyak.convert(tmp_path / "last-EMA.ckpt", tmp_path / "last.ckpt", to="lightning")
 
     def test_a_folder_that_is_not_empty(self, tmp_path):
         case = cases.timm(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyak.containers import leaves_of
 from polyak.errors import FileFormatError, MismatchError
 from polyak.kernels import check_floating_point
 
@@ -87,6 +88,7 @@ def convert(
     configuration = _configuration(path, config) if layout.kind == "folder" else None
     checkpoint, prefix = _read(path, format=format, model=model, names=names, skip_objects=skip_objects)
     chosen = choose(checkpoint, average)
+    _check_is_no_source(checkpoint, output)
     if "names" in checkpoint.missing and not layout.is_positional:
         raise MismatchError(
             f"the tensors in {os.fspath(path)!r} have no names, but positions: give model=, or names= in the order of "
@@ -110,7 +112,7 @@ def convert(
     if layout.is_positional:
         material.order = order_of(material, given, prefix=prefix, names=names, model=model)
     else:
-        complete(material, model, maker)
+        complete(material, model, maker, with_raw="raw" in layout.keeps)
     content = layout.content(material)
     about = layout.about(material) if layout.about is not None else None
     _say_what_is_lost(material, layout)
@@ -173,6 +175,16 @@ def _check(
     return layout
 
 
+def _check_is_no_source(checkpoint: Checkpoint, output: str | os.PathLike[str]) -> None:
+    """Raises where tensors come from the output itself, such as the raw weights that lie beside an average."""
+    sets = [*checkpoint.averages.values(), *filter(None, [checkpoint.raw_weights])]
+    files = {stored.span.path for tensors in sets for name in tensors for stored in leaves_of(tensors.leaf(name))}
+    if Path(output).resolve() in {file.resolve() for file in files}:
+        raise ValueError(
+            f"{os.fspath(output)!r} has weights that {str(checkpoint.path)!r} goes with; choose another name"
+        )
+
+
 def _read(
     path: str | os.PathLike[str],
     *,
@@ -219,7 +231,9 @@ def _say_what_is_lost(material: Material, layout: Written) -> None:
     decay = decay_of(checkpoint, material.chosen) if material.decay is None else material.decay
     lost = [] if count is None or "updates" in layout.keeps else [f"the number of updates, {count}"]
     lost += [] if decay is None or "decay" in layout.keeps else [f"the decay, {decay}"]
-    if layout.kind == "safetensors" and material.chosen in checkpoint.profiles:
+    profile = checkpoint.profiles.get(material.chosen)
+    lost += [] if profile is None or decay is not None else [f"the profile, {profile}"]
+    if layout.kind == "safetensors" and profile is not None:
         lost = []
     lost += [] if material.raw is None or "raw" in layout.keeps else ["the raw weights"]
     if lost:

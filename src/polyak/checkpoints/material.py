@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -38,8 +38,8 @@ class Material:
 
     checkpoint: Checkpoint
     chosen: str
-    average: dict[str, Tensor]
-    raw: dict[str, Tensor] | None
+    average: Mapping[str, Tensor]
+    raw: Mapping[str, Tensor] | None
     order: Sequence[str] = ()
     decay: float | None = None
     config: Mapping[str, object] | None = None
@@ -70,9 +70,9 @@ class Maker:
         self._dtype = dtype
         self._made: dict[Leaf, Tensor] = {}
 
-    def tensors(self, given: Tensors, prefix: str) -> dict[str, Tensor]:
-        """All tensors of a set. Names that are tied in the file get the same tensor."""
-        return {f"{prefix}{name}": self._tensor(given, name) for name in given}
+    def tensors(self, given: Tensors, prefix: str) -> Mapping[str, Tensor]:
+        """The tensors of a set, made when they are used. Names that are tied in the file have the same tensor."""
+        return _Made({f"{prefix}{name}": (given, name) for name in given}, self)
 
     def cast(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor in the dtype that was chosen, where it is floating-point.
@@ -91,7 +91,8 @@ class Maker:
             f"{torch.finfo(self._dtype).max:.6g}; choose another dtype"
         )
 
-    def _tensor(self, given: Tensors, name: str) -> Tensor:
+    def tensor(self, given: Tensors, name: str) -> Tensor:
+        """A tensor of a set."""
         leaf = given.leaf(name)
         if leaf not in self._made:
             tensor = given[name]
@@ -101,49 +102,69 @@ class Maker:
         return self._made[leaf]
 
 
-def complete(material: Material, model: nn.Module | None, maker: Maker) -> None:
-    """Makes both sets whole: each takes what it lacks from the other, and buffers from the model as the last resort.
+class _Made(Mapping[str, Tensor]):
+    def __init__(self, places: Mapping[str, tuple[Tensors, str]], maker: Maker) -> None:
+        self._places = places
+        self._maker = maker
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._maker.tensor(*self._places[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def complete(material: Material, model: nn.Module | None, maker: Maker, *, with_raw: bool) -> None:
+    """Makes the sets whole: each takes what it lacks from the other, and the model gives what is in neither.
+
+    Args:
+        material: both sets, which are dictionaries then.
+        model: the model, where one was given.
+        maker: of the tensors.
+        with_raw: whether the raw weights are written as well. If not, they only give what the average lacks.
 
     Raises:
-        MismatchError: a parameter of the model is in neither set.
+        MismatchError: what is in neither is trained, so that the model's own is no average.
     """
-    average, raw, path = material.average, material.raw, str(material.checkpoint.path)
-    if raw is not None:
-        lacking = [name for name in raw if name not in average]
-        if lacking:
-            material.notes.append(f"not averaged, and as in the raw weights: {listed(lacking)}")
-        of_average = [name for name in average if name not in raw]
-        if of_average:
-            material.notes.append(f"not in the raw weights, and as in the average: {listed(of_average)}")
-        order = dict.fromkeys([*raw, *average])
-        material.average = {name: average[name] if name in average else raw[name] for name in order}
-        material.raw = {name: raw[name] if name in raw else average[name] for name in order}
-    if model is None:
-        if is_positional(material.checkpoint):
-            material.notes.append(
-                "the input has parameters only, each under one name: buffers and tied names, if the model has any, are "
-                "not in it; give model="
-            )
-        return
-    sites = [site for group in gather(unwrap(model)) for site in group if site.persistent]
-    lacking = [site for site in sites if site.name not in material.average]
-    parameters = [site.name for site in lacking if site.is_parameter or not is_plain(site.tensor)]
-    if parameters:
-        raise MismatchError(
-            f"the model has {listed(parameters)}, and {path!r} does not; give the model that was averaged"
+    average, raw, path = material.average, material.raw or {}, str(material.checkpoint.path)
+    copied = [name for name in raw if name not in average]
+    if copied:
+        material.notes.append(f"not averaged, and as in the raw weights: {listed(copied)}")
+    elif is_positional(material.checkpoint) and model is None:
+        material.notes.append(
+            "the input has parameters only, each under one name: buffers and tied names, if the model has any, are "
+            "not in it; give model="
         )
-    if lacking:
+    added = [name for name in average if name not in raw] if raw and with_raw else []
+    if added:
+        material.notes.append(f"not in the raw weights, and as in the average: {listed(added)}")
+    from_model = {} if model is None else _of_model(model, {*raw, *average}, maker, path)
+    if from_model:
         warnings.warn(
-            f"{path!r} has no buffers {listed(site.name for site in lacking)}: they are written as they are in the "
-            "model that was given, which has to be the trained one",
+            f"{path!r} has no {listed(from_model)}, which no optimizer trains: written as in the model that was given, "
+            "which has to be the one that was trained",
             stacklevel=outside(),
         )
-        material.notes.append(f"as in the model that was given: {listed(site.name for site in lacking)}")
-    for site in lacking:
-        tensor = maker.cast(site.name, site.tensor.detach().cpu().clone())
-        material.average[site.name] = tensor
-        if material.raw is not None:
-            material.raw[site.name] = tensor
+        material.notes.append(f"as in the model that was given: {listed(from_model)}")
+    order = dict.fromkeys([*raw, *average])
+    material.average = {name: (average if name in average else raw)[name] for name in order} | from_model
+    if material.raw is not None:
+        material.raw = {name: (raw if name in raw else average)[name] for name in order if with_raw} | from_model
+
+
+def _of_model(model: nn.Module, known: Set[str], maker: Maker, path: str) -> dict[str, Tensor]:
+    """The tensors of a model that are not known, after it is certain that nothing of them is trained."""
+    sites = [site for group in gather(unwrap(model)) for site in group if site.persistent and site.name not in known]
+    trained = [site.name for site in sites if site.tensor.requires_grad or not is_plain(site.tensor)]
+    if trained:
+        raise MismatchError(f"the model has {listed(trained)}, and {path!r} does not; give the model that was averaged")
+    return {site.name: maker.cast(site.name, site.tensor.detach().cpu().clone()) for site in sites}
 
 
 def order_of(
@@ -159,7 +180,7 @@ def order_of(
     Raises:
         MismatchError: nobody says what is a parameter, or the file lacks one.
     """
-    known = {**(material.raw or {}), **material.average}
+    known = {*(material.raw or {}), *material.average}
     if is_positional(material.checkpoint):
         order = [f"{prefix}{name}" for name in _once(tensors)]
     elif model is not None:

@@ -94,10 +94,10 @@ def _ema_pytorch(material: Material) -> dict[str, Any]:
 
 def _torch_ema(material: Material) -> dict[str, Any]:
     # Lists are taken over as they are and updated in place, so that no tensor may stand in them twice.
-    known = {**(material.raw or {}), **material.average}
     raw = material.raw or {}
     whole = all(name in raw for name in material.order)
-    both = separate([*(known[name] for name in material.order), *(raw[name] for name in material.order if whole)])
+    average = [(material.average if name in material.average else raw)[name] for name in material.order]
+    both = separate([*average, *(raw[name] for name in material.order if whole)])
     count = len(material.order)
     steps = warm_up(material.checkpoint)
     if steps is None:
@@ -193,6 +193,7 @@ def _decay(material: Material) -> float:
     return next(float(decay) for decay in (material.decay, known, _DECAY) if decay is not None)
 
 
+_UPDATES = frozenset({"updates"})
 WRITTEN: Mapping[str, Written] = {
     row.name: row
     for row in (
@@ -205,11 +206,7 @@ WRITTEN: Mapping[str, Written] = {
         ),
         Written(name="plain", reader="any library, by torch.load(weights_only=True)", kind="torch", content=_bare),
         Written(
-            name="huggingface",
-            reader="transformers from_pretrained()",
-            kind="folder",
-            content=_untied,
-            about=_config,
+            name="huggingface", reader="transformers from_pretrained()", kind="folder", content=_untied, about=_config
         ),
         Written(
             name="timm",
@@ -218,19 +215,13 @@ WRITTEN: Mapping[str, Written] = {
             content=_timm,
             keeps=frozenset({"raw"}),
         ),
-        Written(
-            name="torch",
-            reader="torch AveragedModel",
-            kind="torch",
-            content=_torch,
-            keeps=frozenset({"updates"}),
-        ),
+        Written(name="torch", reader="torch AveragedModel", kind="torch", content=_torch, keeps=_UPDATES),
         Written(
             name="ema-pytorch",
-            reader="ema-pytorch EMA",
+            reader="ema-pytorch EMA, with its online model",
             kind="torch",
             content=_ema_pytorch,
-            keeps=frozenset({"updates", "raw"}),
+            keeps=_UPDATES | {"raw"},
         ),
         Written(
             name="torch-ema",
@@ -238,7 +229,7 @@ WRITTEN: Mapping[str, Written] = {
             kind="torch",
             content=_torch_ema,
             is_positional=True,
-            keeps=frozenset({"updates", "decay", "raw"}),
+            keeps=_UPDATES | {"decay", "raw"},
         ),
         Written(
             name="diffusers",
@@ -247,14 +238,14 @@ WRITTEN: Mapping[str, Written] = {
             content=_bare,
             about=_diffusers_config,
             stem="diffusion_pytorch_model",
-            keeps=frozenset({"updates", "decay"}),
+            keeps=_UPDATES | {"decay"},
         ),
         Written(
             name="lightning",
             reader="Lightning Trainer.fit(ckpt_path=), with EMAWeightAveraging",
             kind="torch",
             content=_lightning,
-            keeps=frozenset({"updates", "raw"}),
+            keeps=_UPDATES | {"raw"},
         ),
     )
 }

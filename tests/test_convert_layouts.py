@@ -1,0 +1,46 @@
+"""From every layout that is read to every one that is written: the files that real libraries wrote."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import convert_cases as cases
+import polyak
+import zoo
+from polyak.checkpoints import WRITTEN
+from test_read import CASES, FILES, case
+
+# What is no parameter of the models in these files, or the second name of one.
+NO_PARAMETERS = ("running_mean", "running_var", "middle.1.weight")
+
+
+@pytest.mark.parametrize("to", cases.TARGETS)
+@pytest.mark.parametrize("name", CASES)
+def test_no_tensor_changes_on_the_way(name, to, tmp_path):
+    about, averages, raw = case(name)
+    output, config = tmp_path / cases.TARGETS[to], cases.config(tmp_path)
+    for average, tensors in averages.items():
+        names = about["names"] if about.get("positional") else None
+        if to == "torch-ema" and names is None:
+            order = polyak.read(FILES / name / about["path"]).averages[average]
+            names = [name for name in order if not name.endswith(NO_PARAMETERS) and order[name].is_floating_point()]
+        polyak.convert(FILES / name / about["path"], output, to=to, average=average, names=names, config=config)
+        found = polyak.read(output, names=names if to == "torch-ema" else None)
+        assert found.format == (to if to != "safetensors" else "polyak" if "polyak" in about["format"] else "plain")
+        expected = {**raw, **tensors}
+        if to == "torch-ema":
+            expected = {name: expected[name] for name in names}
+        elif to == "huggingface":
+            # Tied tensors are under the first of their names.
+            expected = {name: expected[name] for name in found.average}
+        assert zoo.bit_equal(dict(found.average), expected)
+        if output.is_dir():
+            break
+
+
+def test_the_documentation_has_each_layout():
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    assert (
+        re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)[-len(WRITTEN) :] == list(WRITTEN) == list(cases.TARGETS)
+    )
