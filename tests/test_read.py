@@ -224,6 +224,18 @@ class TestNames:
             named = dict(model.named_parameters(remove_duplicate=False))
             assert zoo.bit_equal(dict(checkpoint.average), named)
 
+    def test_a_model_without_values_has_names_enough(self, tmp_path):
+        with torch.device("meta"):
+            model = zoo.TiedTransformer()
+        shapes = [parameter.shape for parameter in model.parameters()]
+        content = {"shadow_params": [torch.randn(shape) for shape in shapes], "num_updates": 1, "decay": 0.9}
+        average = polyak.read(save(tmp_path, content), model=model).average
+        assert average.keys() == dict(model.named_parameters(remove_duplicate=False)).keys()
+        assert zoo.bit_equal(
+            dict(enumerate(content["shadow_params"])),
+            {i: average[name] for i, (name, _) in enumerate(model.named_parameters())},
+        )
+
     def test_only_the_trained_ones_may_be_averaged(self, tmp_path):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
         model[0].requires_grad_(False)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import nn
 
 from polyak.containers import Content, Leaf, Record, open_content
-from polyak.entries import gather, unwrap
+from polyak.entries import Site, gather, unwrap, walk
 from polyak.errors import FileFormatError, MismatchError, listed
 from polyak.layouts import Found, examine
 from polyak.names import renaming
@@ -137,16 +137,27 @@ def _made(content: Content, pages: Pages) -> dict[str, Any]:
         raise FileFormatError(f"{str(content.path)!r} has dictionaries within dictionaries without end") from error
 
 
+def _groups(model: nn.Module) -> list[list[Site]]:
+    """The tensors of the bare model with all places that hold each. A model on the meta device has names enough."""
+    sites = list(walk(unwrap(model)))
+    if not any(site.tensor.is_meta for site in sites):
+        return gather(unwrap(model))
+    found: dict[int, list[Site]] = {}
+    for site in sites:
+        found.setdefault(id(site.tensor), []).append(site)
+    return list(found.values())
+
+
 def _orders(model: nn.Module) -> list[list[str]]:
     """The names of a model's parameters, and of those that are trained, in the order of `parameters()`."""
-    groups = [sites for sites in gather(unwrap(model)) if sites[0].is_parameter]
+    groups = [sites for sites in _groups(model) if sites[0].is_parameter]
     trained = [sites[0].name for sites in groups if sites[0].tensor.requires_grad]
     return [[sites[0].name for sites in groups], trained]
 
 
 def _fit(found: Found, model: nn.Module) -> Found:
     """The same under the model's own names, tied ones under each, after names and shapes were compared."""
-    groups = gather(unwrap(model))
+    groups = _groups(model)
     shapes = {site.name: tuple(site.tensor.shape) for sites in groups for site in sites if site.persistent}
     ties = [[site.name for site in sites if site.persistent] for sites in groups]
 
