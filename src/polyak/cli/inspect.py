@@ -75,7 +75,7 @@ def inspect(
 
 
 @contextmanager
-def _progress(*, wanted: bool) -> Generator[Callable[[int, int], None] | None]:
+def _progress(*, wanted: bool) -> Generator[Callable[[int, int], None] | None, None, None]:
     """A bar where people can see it; what is printed elsewhere stays as it is."""
     console = Console(stderr=True)
     if not wanted or not console.is_terminal:

@@ -16,6 +16,7 @@ _OPTIONS = {
     "average=": "--average",
     "config=": "--config",
     "decay=": "--decay",
+    "format='": "--format '",
     "format=": "--format",
     "to=": "--to",
     "names=": "--names",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,7 @@ from polyak.containers import Stored, open_content
 from .account import Problem, Verification
 
 CHECKSUMS = "polyak.checksums"
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _DIGITS = 16
 
 
@@ -60,9 +61,10 @@ _Results = Iterator["int | Problem | str"]
 
 def _archive(path: Path, tell: Callable[[int], None]) -> _Results:
     """A file of torch.distributed.checkpoint is several archives, one after the other: the last one is found first."""
+    several = path.suffix == ".distcp"
     with path.open("rb") as file:
-        end = path.stat().st_size
-        while end > 0:
+        end, last = path.stat().st_size, math.inf
+        while 0 < end < last and (several or last == math.inf):
             window = cast("BinaryIO", io.BufferedReader(_Window(file, end), _CHUNK))
             try:
                 archive = zipfile.ZipFile(window)
@@ -70,7 +72,7 @@ def _archive(path: Path, tell: Callable[[int], None]) -> _Results:
             except zipfile.BadZipFile as error:
                 yield Problem(path.name, f"before byte {end:,}", f"is no archive: {error}")
                 return
-            end = min((record.header_offset for record in records), default=0)
+            last, end = end, min((record.header_offset for record in records), default=0)
             if any(record.CRC for record in records) or not any(record.file_size for record in records):
                 yield from _records(path, archive, records, tell)
             else:
@@ -81,6 +83,9 @@ def _records(
     path: Path, archive: zipfile.ZipFile, records: Iterable[zipfile.ZipInfo], tell: Callable[[int], None]
 ) -> _Results:
     for record in records:
+        if record.compress_type != zipfile.ZIP_STORED:
+            yield Problem(path.name, record.filename, "is compressed, which torch.save never does")
+            continue
         try:
             with archive.open(record) as stream:
                 while data := stream.read(_CHUNK):

@@ -9,15 +9,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from polyak.containers import Between, Leaf
+from polyak.containers import Leaf
 
 from .decoding import DTYPES, Array, wide
 from .reading import Files
-from .regions import Region, all_regions, flattened, sizes, spread_regions
+from .regions import Region, all_regions, flattened, item_bytes, sizes, spread_regions
 
-# What is read at a time: of everything, enough to be fast, and little memory; of samples, a few pages.
-_CHUNK = 1 << 20
-_STRETCH = 1 << 16
+# How many numbers are read at a time: in 64 bits they are still below what an allocator gives back to the system at
+# once, and having it back, page by page, takes several times as long as all that is done here.
+_CHUNK = 1 << 14
 
 
 @dataclass(slots=True)
@@ -43,16 +43,11 @@ class Row:
     @property
     def num_bytes(self) -> int:
         """What reading all of it takes."""
-        return sum(leaf_bytes(leaf) for leaf in dict.fromkeys(self.leaves.values()))
+        return self.num_numbers * sum(item_bytes(leaf) for leaf in dict.fromkeys(self.leaves.values()))
 
     def scaled(self, copy: str) -> float:
         """The sum of squares over all of the tensor, as far as one can tell from what was read."""
         return self.squares[copy] * (self.num_numbers / self.num_read)
-
-
-def leaf_bytes(leaf: Leaf) -> int:
-    """What reading all of a tensor takes."""
-    return 2 * leaf.num_bytes if isinstance(leaf, Between) else leaf.num_bytes
 
 
 def is_looked_at(leaf: Leaf) -> bool:
@@ -86,14 +81,14 @@ def look(
         progress: told how many bytes more were read.
     """
     level = math.inf if budget is None else _level([row.num_bytes for row in given], budget)
-    jobs = [_Job(row, level) for row in given]
     if level < math.inf:
-        for job in jobs:
+        for row in given:
+            job = _Job(row, level)
             for region in job.regions():
                 for leaf in job.distinct:
                     files.expect(leaf, region)
-    for job in jobs:
-        row = job.row
+    for row in given:
+        job = _Job(row, level)
         for region in job.regions():
             _add(row, files, job.leaves, region, raw)
             if progress is not None:
@@ -129,9 +124,9 @@ class _Job:
         """All of it, or stretches that take a given number of bytes in all."""
         if self.row.num_bytes <= self._level:
             return all_regions(self.distinct, _CHUNK)
-        share = self._level / sum(2 if isinstance(leaf, Between) else 1 for leaf in self.distinct)
-        stretch = int(min(share, _STRETCH))
-        return spread_regions(self.distinct, stretch, max(int(share // max(stretch, 1)), 1))
+        share = max(int(self._level / sum(map(item_bytes, self.distinct))), 1)
+        stretch = min(share, _CHUNK)
+        return spread_regions(self.distinct, stretch, share // stretch)
 
 
 def _add(row: Row, files: Files, leaves: Mapping[str, Leaf], region: Region, raw: str) -> None:

@@ -11,7 +11,7 @@ from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored
 
 # In each dimension, where it begins and ends.
 Region: TypeAlias = tuple[tuple[int, int], ...]
-# A stretch may have that many times the bytes of the numbers that are wanted: of tensors whose numbers lie apart.
+# That many times the bytes of the wanted numbers may be read, of tensors whose numbers lie apart.
 _WASTE = 4
 
 
@@ -55,11 +55,16 @@ def cost(leaf: Leaf, region: Region) -> int:
             return cost(leaf.start, region) + cost(leaf.end, region)
 
 
-def fits(leaves: Sequence[Leaf], region: Region, num_bytes: int) -> bool:
-    """Whether a region of tensors of one shape is of no more than so many bytes in each; one number always is."""
+def item_bytes(leaf: Leaf) -> int:
+    """The bytes that one number is read from."""
+    return (2 if isinstance(leaf, Between) else 1) * ITEM_SIZES[leaf.dtype]
+
+
+def fits(leaves: Sequence[Leaf], region: Region, most: int) -> bool:
+    """Whether a region of tensors of one shape has no more than so many numbers, not too far apart; one alone has."""
     count = math.prod(sizes(region))
-    return count <= 1 or all(
-        count * ITEM_SIZES[leaf.dtype] <= num_bytes and cost(leaf, region) <= _WASTE * num_bytes for leaf in leaves
+    return count <= 1 or (
+        count <= most and all(cost(leaf, region) <= _WASTE * most * item_bytes(leaf) for leaf in leaves)
     )
 
 
@@ -88,37 +93,51 @@ def _stride(leaf: Leaf) -> tuple[int, ...] | None:
             return None
 
 
-def all_regions(leaves: Sequence[Leaf], num_bytes: int) -> Iterator[Region]:
-    """Cuts tensors of one shape into regions that fit so many bytes.
+def all_regions(leaves: Sequence[Leaf], most: int) -> Iterator[Region]:
+    """Cuts tensors of one shape into regions of no more than so many numbers.
 
     Example:
         >>> from pathlib import Path
         >>> from polyak.containers import Span
         >>> leaf = Stored("float32", (4, 3), (3, 1), 0, Span(Path("x"), 0, 48))
-        >>> list(all_regions([leaf], 24))
+        >>> list(all_regions([leaf], 6))
         [((0, 2), (0, 3)), ((2, 4), (0, 3))]
     """
+    if _are_rows(leaves):
+        (length,) = leaves[0].shape
+        yield from (((begin, min(begin + most, length)),) for begin in range(0, length, most))
+        return
     waiting = [whole(leaves[0].shape)] if math.prod(leaves[0].shape) else []
     while waiting:
         region = waiting.pop()
-        if fits(leaves, region, num_bytes):
+        if fits(leaves, region, most):
             yield region
         else:
             waiting += reversed(halves(leaves, region))
 
 
-def spread_regions(leaves: Sequence[Leaf], num_bytes: int, count: int) -> Iterator[Region]:
-    """Some of the regions that fit so many bytes, evenly spread over tensors of one shape, none of them twice."""
+def spread_regions(leaves: Sequence[Leaf], most: int, count: int) -> Iterator[Region]:
+    """Some of the regions of no more than so many numbers: evenly spread over the tensors, none of them twice."""
+    if _are_rows(leaves):
+        (length,) = leaves[0].shape
+        for index in range(min(count, length // most)):
+            begin = (2 * index + 1) * length // (2 * count) - most // 2
+            yield ((begin, begin + most),)
+        return
     seen: set[Region] = set()
     for index in range(count if math.prod(leaves[0].shape) else 0):
         place, region = (index + 0.5) / count, whole(leaves[0].shape)
-        while not fits(leaves, region, num_bytes):
+        while not fits(leaves, region, most):
             place *= 2
             region = halves(leaves, region)[int(place)]
             place %= 1
         if region not in seen:
             seen.add(region)
             yield region
+
+
+def _are_rows(leaves: Sequence[Leaf]) -> bool:
+    return all(isinstance(leaf, (Stored, Between)) and _stride(leaf) == (1,) for leaf in leaves)
 
 
 def flattened(leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
