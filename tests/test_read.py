@@ -163,6 +163,22 @@ class TestWhichLayout:
         assert zoo.bit_equal(dict(checkpoint.average), averaged.module.state_dict())
         assert zoo.bit_equal(dict(checkpoint.raw_weights), content["net"])
 
+    @pytest.mark.parametrize("key", ["state_dict", None])
+    def test_within_a_module_that_holds_the_average(self, tmp_path, key):
+        class Trained(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = torch.nn.Linear(3, 2)
+                self.smooth = torch.optim.swa_utils.AveragedModel(self.net)
+
+        module = Trained()
+        zoo.drift(module)
+        state = module.state_dict()
+        checkpoint = polyak.read(save(tmp_path, {key: state, "epoch": 3} if key else state))
+        assert checkpoint.format == "torch"
+        assert zoo.bit_equal(dict(checkpoint.average), module.smooth.module.state_dict())
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), {f"net.{k}": v for k, v in module.net.state_dict().items()})
+
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.containers import open_content
         from polyak.layouts.finding import find_layout

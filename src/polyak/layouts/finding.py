@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from polyak.containers import NO_PLAIN_TENSOR, Content, Leaf, Record, Stored
 from polyak.errors import FileFormatError, listed
@@ -28,6 +28,8 @@ _NUMBERS = {
     "bool": "<?",
     "uint8": "<B",
 }
+# What modules that average register beside their tensors: torch, ema-pytorch.
+_AVERAGES = ("n_averaged", "initted")
 _UPDATES = ("n_averaged", "num_updates", "optimization_step")
 _FROM_NAME = ("average", "decay", "stem")
 
@@ -51,6 +53,11 @@ class Found:
 class _Candidate:
     layout: Layout
     under: tuple[str, ...] = ()
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it begins at a part of a model, and not at a key."""
+        return bool(self.under) and self.under[-1].endswith(".")
 
     def uses(self, content: Content) -> frozenset[str]:
         """What of a file this one makes use of, beyond what anything else would."""
@@ -111,7 +118,7 @@ def find_layout(
         parts.notes.append(f"left out, for they are no plain tensors: {listed(left_out)}")
     parts.raw = _first(layout.raw, content, under) if layout.beside is None else {}
     if not parts.raw and under:
-        parts.raw = _first(WEIGHTS, content, ())
+        parts.raw = _around(content, under)
     if layout.beside is not None:
         _read_beside(parts, layout, content, groups, open_beside)
     parts.counters = _counters(layout, content, under, groups)
@@ -151,6 +158,8 @@ def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> 
     certain = [candidate for candidate in found if not candidate.layout.is_fallback]
     if not certain and found:
         return found[0]
+    # A module that averages, as a part of another one, says least about the file.
+    certain = [one for one in certain if not one.is_part] or certain
     uses = {one: one.uses(content) for one in certain}
     best = [one for one in certain if not any(_refines(uses[other], uses[one]) for other in certain)]
     # Of two readings of the very same things, the one that takes the file as a whole.
@@ -168,8 +177,19 @@ def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> 
 
 
 def _candidates(layout: Layout, content: Content) -> list[_Candidate]:
-    inside = [key for key, value in items_of(content.tree) if isinstance(value, (dict, list))]
-    return [_Candidate(layout), *(_Candidate(layout, (key,)) for key in inside if layout.may_stand_in)]
+    if not layout.may_stand_in:
+        return [_Candidate(layout)]
+    places: list[tuple[str, ...]] = [(), *((part,) for part in _parts(content.tree))]
+    for key, value in items_of(content.tree):
+        if isinstance(value, (dict, list)):
+            places += [(key,), *((key, part) for part in _parts(cast("object", value)))]
+    return [_Candidate(layout, under) for under in places]
+
+
+def _parts(tree: object) -> list[str]:
+    """The beginnings of the names of parts that are averages themselves, as modules that hold one have them."""
+    names = [name.rpartition(".") for name, _ in items_of(tree)]
+    return list(dict.fromkeys(f"{part}." for part, _, last in names if part and last in _AVERAGES))
 
 
 def _fits(candidate: _Candidate, content: Content) -> bool:
@@ -208,6 +228,15 @@ def _by_average(
             kept = averages.setdefault(average or name, {})
             kept |= {key: leaf for key, leaf in found.items() if key not in kept}
     return averages
+
+
+def _around(content: Content, under: tuple[str, ...]) -> dict[str, Leaf]:
+    """The weights beside an average: in the same dictionary where it is a part, else in a neighbouring one."""
+    *outer, part = under
+    if not part.endswith("."):
+        return _first(WEIGHTS, content, ())
+    whole = _first(("*",), content, tuple(outer))
+    return {name: leaf for name, leaf in whole.items() if not name.startswith(part)}
 
 
 def _no_plain_tensors(patterns: Sequence[str], content: Content, under: tuple[str, ...]) -> list[str]:

@@ -35,15 +35,22 @@ def matches(tree: object, pattern: str, *, under: tuple[str, ...] = ()) -> list[
     Args:
         tree: dictionaries and lists; a list is a dictionary by position.
         pattern: as above.
-        under: keys that lead to where the pattern begins.
+        under: keys that lead to where the pattern begins; one that ends in a dot is how names begin, as those of a part
+            of a model.
 
     Example:
         >>> matches({"ema": {"a.weight": 1, "a.bias": 2}}, "ema/a.*")
         [Match(value=1, average='', key='weight'), Match(value=2, average='', key='bias')]
     """
     for key in under:
-        tree = dict(items_of(tree)).get(key)
+        tree = _within(tree, key)
     return list(_search(tree, tuple(pattern.split("/")), "", ""))
+
+
+def _within(tree: object, key: str) -> object:
+    if not key.endswith("."):
+        return dict(items_of(tree)).get(key)
+    return {name.removeprefix(key): value for name, value in items_of(tree) if name.startswith(key)}
 
 
 def _search(tree: object, segments: tuple[str, ...], average: str, key: str) -> Iterator[Match]:
