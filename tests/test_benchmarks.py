@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from benchmarks import account, ours, peers
+from benchmarks import account, inspect_large, ours, peers
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -327,3 +328,14 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
 
 def test_a_model_of_one_tensor():
     assert [tensor.numel() for tensor in one_tensor(7).state_dict().values()] == [7]
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="what is measured is told by Linux alone")
+@pytest.mark.parametrize("write_file", [inspect_large.write_safetensors, inspect_large.write_torch])
+def test_inspection_of_a_large_file_is_measured(write_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(inspect_large, "WIDTH", 64)
+    write_file(tmp_path / "x", 1_000_000)
+    name, arguments, cache, seconds, megabytes, read = inspect_large.measure(tmp_path / "x", ["--verify"], cold=False)
+    assert (name, arguments, cache, read) == ("x", "--verify", "warm", "100.00%")
+    assert float(seconds) > 0
+    assert 10 < float(megabytes) < 200

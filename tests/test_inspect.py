@@ -183,6 +183,9 @@ class TestReading:
         generator = torch.Generator().manual_seed(0)
         raw = {f"{part}.w": torch.randn(300_000, generator=generator) for part in "ab"}
         average = {"a.w": raw["a.w"] * 1.5, "b.w": raw["b.w"] + 0.1 * torch.randn(300_000, generator=generator)}
+        # Of this one everything is read, and it must not count for more.
+        raw["small.w"] = torch.randn(3000, generator=generator)
+        average["small.w"] = 5 * raw["small.w"]
         path = save(tmp_path / "x.pth", raw, average)
         account = account_of(path, budget=1 << 18)
         assert 0.02 < account.reading.num_read / account.reading.num_numbers < 0.06

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import hostile
+from polyak import Uniform, WeightAverage
 from polyak.cli import main
 from polyak.cli.text import inert
 
@@ -169,7 +170,7 @@ class TestVerify:
         assert "'y.pth' has no checksums\n" in polyak("inspect", "--verify", tmp_path / "y.pth")[1]
         save_file(weights(), tmp_path / "z.safetensors")
         out = polyak("inspect", "--verify", tmp_path / "z.safetensors")[1]
-        assert "'z.safetensors' has no checksums: only exports of polyak have them among safetensors files\n" in out
+        assert "'z.safetensors' has no checksums: of safetensors files only those that polyak wrote have them\n" in out
 
     def test_checksums_of_an_export(self, polyak, tmp_path):
         path = tmp_path / "x.safetensors"
@@ -193,6 +194,21 @@ class TestVerify:
         assert (code, "'x.safetensors' has no checksums of 2 tensors" in out) == (0, True)
         code, out = saved("[")
         assert (code, "is no JSON of a dictionary" in out) == (1, True)
+
+    @pytest.mark.protects
+    def test_an_export(self, polyak, tmp_path):
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+        average = WeightAverage(model, Uniform())
+        average.update()
+        path = tmp_path / "x.safetensors"
+        average.export(path)
+        code, out, _ = polyak("inspect", "--verify", path)
+        assert (code, "7 of 7 checksums fit" in out) == (0, True)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        code, out, _ = polyak("inspect", "--verify", path)
+        assert (code, "6 of 7 checksums fit" in out) == (1, True)
 
     @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
     def test_distributed(self, polyak, tmp_path):

@@ -25,7 +25,7 @@ def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = No
     """Reads files whole and compares their bytes with the checksums in them.
 
     Of an archive of torch.save each record has one, which `torch.load` does not look at. A safetensors file has those
-    that an export of polyak wrote.
+    that polyak put there when it wrote the file.
 
     Args:
         paths: the files.
@@ -99,7 +99,7 @@ def _records(
 def _safetensors(path: Path, tell: Callable[[int], None]) -> _Results:
     content = open_content(path)
     if CHECKSUMS not in content.about:
-        yield f"{path.name!r} has no checksums: only exports of polyak have them among safetensors files"
+        yield f"{path.name!r} has no checksums: of safetensors files only those that polyak wrote have them"
         return
     try:
         checksums: Any = json.loads(content.about[CHECKSUMS])
