@@ -408,3 +408,16 @@ def test_keys_that_look_like_patterns(tmp_path):
     averaged = torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)).state_dict()
     torch.save({"*" * 60: averaged, "*" * 59 + "#": averaged}, tmp_path / "x.pth")
     refused(tmp_path / "x.pth", match="could be of several formats")
+
+
+def test_a_profile_whose_text_has_no_end(tmp_path):
+    tower = []
+    for _ in range(100):
+        tower = [tower, tower]
+    content = {
+        "averages": {"x": {"a": {"w": torch.ones(2)}}},
+        "clock": {"time": 1.0, "num_updates": 1},
+        "configuration": {"profiles": {"a": {"profile": "power", "exponent": tower}}},
+    }
+    torch.save(content, tmp_path / "x.pt")
+    refused(tmp_path / "x.pt", match="has a profile that is none")

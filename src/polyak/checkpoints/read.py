@@ -21,6 +21,8 @@ from .checkpoint import Checkpoint
 from .run_code import plain_copy
 from .tensors import Pages, Tensors
 
+_MAX_PARTS = 1_000
+
 
 def read(
     path: str | os.PathLike[str],
@@ -202,9 +204,22 @@ def _within(given: Mapping[str, Leaf], expected: Mapping[str, object]) -> dict[s
     return {}
 
 
+def _is_small(value: object) -> bool:
+    """Whether a value can be shown in an error: what contains itself, or the same again and again, may have no end."""
+    left, count = [value], 0
+    while left and count < _MAX_PARTS:
+        part, count = left.pop(), count + 1
+        if isinstance(part, (dict, list, tuple)):
+            inner = cast("Any", part)
+            left += inner.values() if isinstance(inner, dict) else inner
+    return not left
+
+
 def _profiles(found: Found) -> dict[str, Profile]:
     profiles: dict[str, Profile] = {}
     for name, description in found.profiles.items():
+        if not _is_small(description):
+            raise FileFormatError(f"{str(found.content.path)!r} has a profile that is none")
         try:
             profiles[name] = profile_from_description(description)
         except ValueError as error:

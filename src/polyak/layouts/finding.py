@@ -154,7 +154,13 @@ def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> 
     if format is not None and format not in known:
         raise FileFormatError(f"format={format!r} is unknown; there are {', '.join(known)}")
     asked = [layout for layout in layouts if format in (None, layout.name)]
-    found = [candidate for layout in asked for candidate in _candidates(layout, content) if _fits(candidate, content)]
+    places = _places(content)
+    found = [
+        candidate
+        for layout in asked
+        for candidate in (_Candidate(layout, under) for under in (places if layout.may_stand_in else places[:1]))
+        if _fits(candidate, content)
+    ]
     certain = [candidate for candidate in found if not candidate.layout.is_fallback]
     if not certain and found:
         return found[0]
@@ -176,14 +182,13 @@ def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> 
     raise FileFormatError(f"{str(content.path)!r} is {what}; it has {listed(keys) or 'nothing'}")
 
 
-def _candidates(layout: Layout, content: Content) -> list[_Candidate]:
-    if not layout.may_stand_in:
-        return [_Candidate(layout)]
+def _places(content: Content) -> list[tuple[str, ...]]:
+    """Where in a file a layout may begin: at the whole, at a key, or at a part of a model's names."""
     places: list[tuple[str, ...]] = [(), *((part,) for part in _parts(content.tree))]
     for key, value in items_of(content.tree):
         if isinstance(value, (dict, list)):
             places += [(key,), *((key, part) for part in _parts(cast("object", value)))]
-    return [_Candidate(layout, under) for under in places]
+    return places
 
 
 def _parts(tree: object) -> list[str]:
