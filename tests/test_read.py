@@ -59,7 +59,8 @@ def test_the_format_can_be_forced(name):
 
 def test_each_layout_has_a_file_or_a_test_of_its_own():
     tested = {case(name)[0]["format"] for name in CASES}
-    written_here = {"basicsr", "dino", "key", "weights", "olmo-core", "edm2-traditional"}
+    written_here = {"basicsr", "dino", "key", "weights", "olmo-core", "edm2-traditional", "list"}
+    written_here |= {"accelerate-folder"}
     assert {layout.name for layout in LAYOUTS} - tested - written_here == set()
 
 
@@ -177,7 +178,8 @@ class TestWhichLayout:
         checkpoint = polyak.read(save(tmp_path, {key: state, "epoch": 3} if key else state))
         assert checkpoint.format == "torch"
         assert zoo.bit_equal(dict(checkpoint.average), module.smooth.module.state_dict())
-        assert zoo.bit_equal(dict(checkpoint.raw_weights), {f"net.{k}": v for k, v in module.net.state_dict().items()})
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), module.net.state_dict())
+        assert "the raw weights are those of the part 'net'" in checkpoint.notes
 
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.containers import open_content

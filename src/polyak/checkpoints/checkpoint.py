@@ -59,11 +59,14 @@ class Checkpoint:
     def weights(self, name: str | None = None) -> dict[str, Tensor]:
         """All of the model's tensors: the average, and the raw weights' own for what is missing in it.
 
+        Raw weights that have no name in common with the average are those of another model, and give nothing.
+
         Args:
             name: of the average; needed where there are several.
         """
         chosen = self.average if name is None else self.averages[name]
-        return {**(self.raw_weights or {}), **chosen}
+        raw: Mapping[str, Tensor] = self.raw_weights or {}
+        return {**raw, **chosen} if raw.keys() & chosen.keys() else dict(chosen)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.format}"]

@@ -24,6 +24,8 @@ from .write import replacing
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (dict, OrderedDict, list, tuple, set)
 _TENSORS = (Tensor, nn.Parameter)
+# The longest integers that take the short form in a pickle.
+_MAX_BITS = 255 * 8 - 1
 _KINDS = "tensors, dict, list, tuple, set, str, bytes, int, float, bool, None, torch.Size, torch.dtype and torch.device"
 
 
@@ -58,7 +60,10 @@ def save(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     if not isinstance(content, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
         raise TypeError(f"content is a {type(content).__name__}; save a dictionary, such as {{'content': ...}}")
     size = _Size()
-    size.add(content, "content")
+    try:
+        size.add(content, "content")
+    except RecursionError:
+        raise ValueError("content has containers in containers, deeper than Python can save them") from None
     with replacing(path, num_bytes=size.num_bytes) as file, _with_checksums():
         try:
             torch.save(content, file)
@@ -137,6 +142,10 @@ class _Size:
             raise TypeError(f"{place} is a {kind.__name__}; {_advice(value)}")
         if kind is bytes and not value:
             raise TypeError(f"{place} is empty bytes, which torch.load(weights_only=True) cannot read; save None")
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise TypeError(
+                f"{place} is an integer of {value.bit_length()} bits, which torch.load(weights_only=True) cannot read"
+            )
         if isinstance(value, (str, bytes)):
             self.num_bytes += len(value)
         # What contains itself, or stands in several places, is saved once.

@@ -100,11 +100,14 @@ def convert(
         )
     maker = Maker(path, dtype)
     given = checkpoint.averages[chosen]
+    # Without a name in common they are of another model.
+    raw = checkpoint.raw_weights
+    raw = raw if raw is not None and (raw.keys() & given.keys() or "names" in checkpoint.missing) else None
     material = Material(
         checkpoint=checkpoint,
         chosen=chosen,
         average=maker.tensors(given, prefix),
-        raw=None if checkpoint.raw_weights is None else maker.tensors(checkpoint.raw_weights, prefix),
+        raw=None if raw is None else maker.tensors(raw, prefix),
         decay=decay,
         config=configuration,
         notes=list(checkpoint.notes),

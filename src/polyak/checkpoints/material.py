@@ -83,7 +83,9 @@ class Maker:
         if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == self._dtype:
             return tensor
         made = tensor.to(self._dtype)
-        if torch.isfinite(made).all() or torch.isfinite(made).equal(torch.isfinite(tensor)):
+        # torch does not look for infinities in every dtype of 8 bits.
+        kept = made.float() if made.element_size() == 1 else made
+        if torch.isfinite(kept).all() or torch.isfinite(kept).equal(torch.isfinite(tensor)):
             return made
         largest = tensor[torch.isfinite(tensor)].abs().max().item()
         raise ValueError(

@@ -22,6 +22,7 @@ from .run_code import plain_copy
 from .tensors import Pages, Tensors
 
 _MAX_PARTS = 1_000
+Shape = tuple[int, ...]
 
 
 def read(
@@ -163,11 +164,17 @@ def _fit(found: Found, model: nn.Module) -> Found:
     shapes = {site.name: tuple(site.tensor.shape) for sites in groups for site in sites if site.persistent}
     ties = [[site.name for site in sites if site.persistent] for sites in groups]
 
+    parameters = [[site.name for site in sites] for sites in groups if sites[0].is_parameter]
+    notes = list(found.notes)
+
     def fit(given: Mapping[str, Leaf], what: str) -> dict[str, Leaf]:
         rename = renaming(given, shapes)
         named = {rename(name): leaf for name, leaf in given.items()}
-        if not named.keys() & shapes.keys():
-            named = _within(given, shapes) or named
+        if given and not named.keys() & shapes.keys():
+            part = _part(given, shapes, parameters, f"{what} in {str(found.content.path)!r}")
+            if part is not None:
+                named = _inside(given, part)
+                notes.append(f"of the part {part[:-1]!r}, which has the model's names and shapes")
         unknown = [name for name in named if name not in shapes]
         if unknown:
             raise MismatchError(
@@ -192,16 +199,34 @@ def _fit(found: Found, model: nn.Module) -> Found:
     averages = {name: fit(average, f"average {name!r}") for name, average in found.averages.items()}
     raw = None if found.raw is None else fit(found.raw, "what was trained")
     lacking = [name for name in shapes if any(name not in average for average in averages.values())]
-    return replace(found, averages=averages, raw=raw, missing=tuple(lacking))
+    return replace(found, averages=averages, raw=raw, missing=tuple(lacking), notes=tuple(dict.fromkeys(notes)))
 
 
-def _within(given: Mapping[str, Leaf], expected: Mapping[str, object]) -> dict[str, Leaf]:
-    """The tensors of a part that has the expected names, as a trainer's module has the model in it."""
-    for first in dict.fromkeys(name.partition(".")[0] for name in given):
-        inside = {name.removeprefix(f"{first}."): leaf for name, leaf in given.items() if name.startswith(f"{first}.")}
-        if inside.keys() <= expected.keys():
-            return inside
-    return {}
+def _inside(given: Mapping[str, Leaf], part: str) -> dict[str, Leaf]:
+    return {name.removeprefix(part): leaf for name, leaf in given.items() if name.startswith(part)}
+
+
+def _part(
+    given: Mapping[str, Leaf], shapes: Mapping[str, Shape], parameters: Sequence[Sequence[str]], what: str
+) -> str | None:
+    """The only part of a larger model that has all parameters of the model, with its names and shapes.
+
+    Raises:
+        MismatchError: several parts have.
+    """
+    beginnings = {name[: place + 1] for name in given for place, character in enumerate(name) if character == "."}
+    fitting: list[str] = []
+    for part in sorted(beginnings):
+        inside = _inside(given, part)
+        right = all(shapes.get(name) == tuple(leaf.shape) for name, leaf in inside.items())
+        if right and all(any(name in inside for name in tied) for tied in parameters):
+            fitting.append(part)
+    if len(fitting) > 1:
+        raise MismatchError(
+            f"{what} has the model's names and shapes in several parts, {listed(part[:-1] for part in fitting)}: read "
+            "it without model=, and choose"
+        )
+    return fitting[0] if fitting else None
 
 
 def _is_small(value: object) -> bool:

@@ -1,6 +1,7 @@
 """How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
 
 from .objects import NO_PLAIN_TENSOR as NO_PLAIN_TENSOR
+from .opening import STATES as STATES
 from .opening import damaged as damaged
 from .opening import open_content as open_content
 from .safetensors_file import SAFETENSORS_DTYPES as SAFETENSORS_DTYPES

@@ -17,12 +17,28 @@ _MAX_JSON = 1 << 27
 
 
 def weights_file(folder: Path) -> Path | None:
-    """The file of a folder that has the weights, or the index of such files."""
+    """The file of a folder that has the weights, or the index of such files; of variants, the only one.
+
+    Raises:
+        FileFormatError: there are several variants, and none without a name.
+    """
     for stem in STEMS:
         for suffix in SUFFIXES:
             for name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json"):
                 if (folder / name).is_file():
                     return folder / name
+    for stem in STEMS:
+        for suffix in SUFFIXES:
+            variants = {
+                *folder.glob(f"{stem}{suffix}.index.*.json"),
+                *(one for one in folder.glob(f"{stem}.*{suffix}") if one.name.count(".") == 2),
+            }
+            if len(variants) > 1:
+                raise FileFormatError(
+                    f"has several variants, {', '.join(sorted(one.name for one in variants))}: give one of these files"
+                )
+            if variants:
+                return variants.pop()
     return None
 
 

@@ -37,6 +37,11 @@ _NUMBERS = {**_SIGNED, "u8": "Q", "u4": "I", "u2": "H", "u1": "B"}
 # ends in a dot stands for all that begins with it.
 _RECORDS = (
     "argparse.Namespace",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.range",
+    "builtins.slice",
+    "builtins.xrange",
     "collections.deque",
     "datetime.",
     "decimal.Decimal",
@@ -46,7 +51,9 @@ _RECORDS = (
     "mmengine.config.config.ConfigDict",
     "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.core.multiarray._reconstruct",
+    "numpy.core.numeric._frombuffer",
     "numpy._core.multiarray._reconstruct",
+    "numpy._core.numeric._frombuffer",
     "numpy.dtype",
     "numpy.ndarray",
     "omegaconf.base.",
@@ -55,6 +62,7 @@ _RECORDS = (
     "omegaconf.nodes.",
     "pathlib.",
     "pytorch_lightning.utilities.parsing.AttributeDict",
+    "re._compile",
     "torch.device",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.distributed.checkpoint.filesystem._StoragePrefix",
@@ -68,6 +76,7 @@ _RECORDS = (
 )
 _QSCHEMES = ("per_tensor_affine", "per_channel_affine", "per_channel_affine_float_qparams")
 _QUANTISED = ("qint8", "quint8", "qint32", *_QSCHEMES)
+_OTHER_DTYPES = ("bits", "complex32", "float4_", "int1", "int2", "int3", "int4", "int5", "int6", "int7", "uint")
 NO_PLAIN_TENSOR = "torch._utils._rebuild_"
 # Tensors of kinds that are not averaged, and are left where they are.
 _OTHER_TENSORS = (
@@ -101,12 +110,13 @@ def find(name: str, *, skip_objects: bool) -> Name:
     Raises:
         FileFormatError: it is unknown.
     """
+    name = name.replace("__builtin__.", "builtins.", 1)
     if name in _READ:
-        return Name(name, _READ[name])
+        return Name(name, _or_record(name, _READ[name]) if skip_objects and name not in _TENSORS else _READ[name])
     module, _, last = name.rpartition(".")
     if module in ("torch", "torch.cuda", "torch.storage") and last in _STORAGES:
         return Name(_STORAGES[last], _refuse_call(name))
-    if module == "torch" and last in ITEM_SIZES:
+    if module == "torch" and (last in ITEM_SIZES or last.startswith(_OTHER_DTYPES)):
         return Name(last, _refuse_call(name))
     if skip_objects or any(name == known or (known[-1] == "." and name.startswith(known)) for known in _RECORDS):
         return Name(name, _record(name))
@@ -122,6 +132,18 @@ def storage(kind: object, span: Span) -> StorageOf:
     if not isinstance(kind, Name) or kind.name not in ITEM_SIZES:
         raise FileFormatError("a storage in it is of no known kind")
     return StorageOf(kind.name, span)
+
+
+def _or_record(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """What is read where it can be, and kept as a record where its arguments are of another kind."""
+
+    def read(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except (FileFormatError, TypeError, ValueError):
+            return Record(name, arguments)
+
+    return read
 
 
 def _record(name: str) -> Callable[..., Record]:
@@ -145,11 +167,13 @@ def _tensor(*arguments: Any) -> Stored | Record:
     return stored(kept.dtype, shape, stride, start, kept.span)
 
 
-def _tensor_of_dtype(*arguments: Any) -> Stored:
+def _tensor_of_dtype(*arguments: Any) -> Stored | Record:
     """As newer dtypes are kept: the storage has bytes, and the dtype stands beside it."""
     kept, start, shape, stride, _, _, dtype, *_ = arguments
     if not isinstance(kept, StorageOf) or not isinstance(dtype, Name):
         raise FileFormatError("a tensor in it has no storage")
+    if dtype.name not in ITEM_SIZES:
+        return Record(f"{NO_PLAIN_TENSOR}v3", arguments)
     return stored(dtype.name, shape, stride, start, kept.span)
 
 
@@ -244,13 +268,13 @@ _READ: Mapping[str, Callable[..., Any]] = {
     "_codecs.encode": _encode,
     "numpy.core.multiarray.scalar": _number,
     "numpy._core.multiarray.scalar": _number,
-    **{f"{module}.getattr": _attribute for module in ("builtins", "__builtin__")},
-    **{f"{module}.set": _list for module in ("builtins", "__builtin__")},
-    **{f"{module}.frozenset": _list for module in ("builtins", "__builtin__")},
-    **{f"{module}.list": _list for module in ("builtins", "__builtin__")},
-    **{f"{module}.bytes": _no_bytes for module in ("builtins", "__builtin__")},
-    **{f"{module}.tuple": _sequence for module in ("builtins", "__builtin__")},
-    **{f"{module}.dict": _dictionary for module in ("builtins", "__builtin__")},
+    "builtins.getattr": _attribute,
+    "builtins.bytes": _no_bytes,
+    "builtins.set": _sequence,
+    "builtins.frozenset": _sequence,
+    "builtins.list": _list,
+    "builtins.tuple": _sequence,
+    "builtins.dict": _dictionary,
     # Factories of a defaultdict: named, never called.
     **{f"builtins.{name}": _refuse_call(f"builtins.{name}") for name in ("int", "float", "str", "bool")},
 }

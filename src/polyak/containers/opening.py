@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,10 @@ from .folder import CONFIGURATION, read_indexed, read_json, weights_file
 from .safetensors_file import is_safetensors, read_safetensors
 from .stored import Content
 
-_INDEX = ".index.json"
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+# In what is known about a folder: files beside the weights in which accelerate keeps what it was given.
+STATES = "<states>"
+_STATES = "custom_checkpoint_*.pkl"
 
 
 def open_content(path: str | os.PathLike[str], *, skip_objects: bool = False) -> Content:
@@ -54,7 +58,7 @@ def damaged(path: str | os.PathLike[str], error: Exception) -> FileFormatError:
 def _open(path: Path, skip_objects: bool) -> Content:
     if path.is_dir():
         return _open_folder(path, skip_objects)
-    if path.name.endswith(_INDEX):
+    if _INDEX.fullmatch(path.name):
         tensors = read_indexed(path, lambda file: _read(file, skip_objects)[0])
         return Content(path, "folder", tensors, _configuration(path.parent), _size(path.parent))
     if path.exists() and not path.is_file():
@@ -74,7 +78,11 @@ def _open_folder(folder: Path, skip_objects: bool) -> Content:
             f"{', '.join(inside[:8]) or 'nothing'}"
         )
     tensors = _open(file, skip_objects).tree
-    return Content(folder, "folder", tensors, _configuration(folder), _size(folder))
+    about = _configuration(folder)
+    states = sorted(state.name for state in folder.glob(_STATES))
+    if states:
+        about = {**about, STATES: states}
+    return Content(folder, "folder", tensors, about, _size(folder))
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

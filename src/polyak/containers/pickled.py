@@ -16,7 +16,8 @@ from polyak.errors import FileFormatError
 
 from .stored import Record
 
-_MAX_KEY_PARTS = 8
+_MAX_KEY_PARTS = 64
+_MAX_COPIED = 1 << 24
 _Call = Callable[..., Any]
 
 
@@ -71,6 +72,7 @@ class _Machine:
         self.persistent = persistent
         self.stack: list[Any] = []
         self.memory: dict[int, Any] = {}
+        self.num_copied = 0
 
     def operations(self) -> dict[str, Callable[[Any], object]]:
         """What is done for each operation of a pickle; there is no other."""
@@ -150,18 +152,17 @@ class _Machine:
 
     def set_items(self, values: list[Any]) -> None:
         target = self.last(1)[0]
-        # What was a subclass of dict may come as a record; its items are of no use here.
-        if isinstance(target, Record):
-            return
-        if not isinstance(target, dict) or len(values) % 2:
+        # What was a subclass of dict may come as a record.
+        given = target.items if isinstance(target, Record) else target
+        if not isinstance(given, dict) or len(values) % 2:
             raise FileFormatError("a pickle in it is damaged: items are set in what is no dictionary")
-        dictionary = cast("dict[Any, Any]", target)
-        for key, value in zip(values[::2], values[1::2], strict=True):
-            dictionary[_key(key)] = value
+        dictionary = cast("dict[Any, Any]", given)
+        dictionary.update((key, value) for key, value in zip(values[::2], values[1::2], strict=True) if _is_key(key))
 
     def extend(self, values: list[Any]) -> None:
         target = self.last(1)[0]
         if isinstance(target, Record):
+            target.items.update(enumerate(values, len(target.items)))
             return
         if not isinstance(target, list):
             raise FileFormatError("a pickle in it is damaged: values are appended to what is no list")
@@ -175,7 +176,13 @@ class _Machine:
     def call(self, function: object, arguments: object) -> None:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
             raise FileFormatError("a pickle in it is damaged: it calls what is no function")
-        self.stack.append(function.call(*cast("tuple[Any, ...]", arguments)))
+        given = cast("tuple[Any, ...]", arguments)
+        # What is kept once in the pickle, and copied at each of many calls, is as large as its author likes.
+        self.num_copied += sum(len(cast("str", part)) for part in given if isinstance(part, (list, str)))
+        if self.num_copied > _MAX_COPIED:
+            raise FileFormatError("a pickle in it copies the same again and again, which no file of tensors needs")
+        made = function.call(*given)
+        self.stack.append(made)
 
     def build(self, state: object) -> None:
         target = self.last(1)[0]
@@ -186,14 +193,13 @@ class _Machine:
             raise FileFormatError(f"a pickle in it changes {target.name}, which no file of tensors needs")
 
 
-def _key(key: object) -> Any:
-    """A key of a dictionary: plain values, or a few of them in a tuple; hashing deeper tuples can take for ever.
-
-    A record, or a name such as a dtype, is equal to itself alone.
-    """
-    parts = cast("tuple[object, ...]", key) if isinstance(key, tuple) else (key,)
-    if len(parts) > _MAX_KEY_PARTS or not all(
-        part is None or isinstance(part, (str, int, float, bytes, Record, Name)) for part in parts
-    ):
-        raise FileFormatError("a pickle in it has a dictionary whose keys are neither names nor numbers")
-    return cast("Any", key)
+def _is_key(key: object) -> bool:
+    """Whether something can be looked up: plain values, or a few in tuples. To hash deep tuples can take for ever."""
+    left, count = [key], 0
+    while left and count < _MAX_KEY_PARTS:
+        part, count = left.pop(), count + 1
+        if isinstance(part, tuple):
+            left += cast("tuple[object, ...]", part)
+        elif not (part is None or isinstance(part, (str, int, float, bytes, Record, Name))):
+            return False
+    return not left

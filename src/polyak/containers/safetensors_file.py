@@ -54,11 +54,13 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     metadata: dict[str, str] = header.pop("__metadata__", None) or {}
     assert header.keys() == names
     tensors: dict[str, Stored] = {}
-    for name, entry in header.items():
+    for place, (name, entry) in enumerate(header.items()):
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise FileFormatError(f"has the tensor {name[:80]!r} of dtype {entry['dtype']}, which is not read")
         span = Span(path, 8 + length + begin, end - begin)
-        tensors[name] = stored(SAFETENSORS_DTYPES[entry["dtype"]], shape, dense_stride(shape), 0, span)
+        # Nothing is tied in this format; empty tensors, which lie in one place, are told apart by where they begin.
+        start = 0 if end > begin else place
+        tensors[name] = stored(SAFETENSORS_DTYPES[entry["dtype"]], shape, dense_stride(shape), start, span)
     return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata

@@ -19,7 +19,7 @@ ITEM_SIZES: Mapping[str, int] = {
     "complex128": 16,
 }
 _MAX_DIMENSIONS = 64
-_SLACK = 1 << 16
+_MAX_REPEATED = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +95,19 @@ Leaf: TypeAlias = Stored | Pieced | Between
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """An object that was pickled and is not made again: its class by name, and the data that was kept with it."""
+    """An object that was pickled and is not made again: its class by name, and the data that was kept with it.
+
+    Attributes:
+        of: the class, or the function that would make it.
+        arguments: what that would be called with.
+        state: its own dictionary, or what it gave in place of it.
+        items: what was put into it, where it is a kind of dictionary or, by position, of list.
+    """
 
     of: str
     arguments: tuple[Any, ...] = ()
     state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +157,7 @@ def stored(
                 f"is damaged: {what} in it reaches byte {(last + 1) * size:,} of a storage of {span.num_bytes:,}"
             )
         # A stride of 0 makes a tensor of any size out of one number.
-        if math.prod(sizes) * size > 16 * span.num_bytes + _SLACK:
+        if math.prod(sizes) * size > max(16 * span.num_bytes, _MAX_REPEATED):
             raise FileFormatError(
                 f"is not read: {what} in it repeats {span.num_bytes:,} bytes to fill {math.prod(sizes) * size:,}"
             )

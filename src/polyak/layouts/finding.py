@@ -1,20 +1,22 @@
-"""Which layout a file is of, and what that makes of it."""
+"""What a file holds, once it is known of which layout it is."""
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from polyak.containers import NO_PLAIN_TENSOR, Content, Leaf, Record, Stored
+from polyak.containers import Content, Leaf, Record, Stored
 from polyak.errors import FileFormatError, listed
 from polyak.names import canonical
 
+from .choosing import Candidate, choose, file_groups
 from .layout import STEPS, WEIGHTS, Layout, Parts, Place
-from .pattern import covers, items_of, matches, tensors, tie
+from .odd import average_keys
+from .pattern import matches, tensors, tie
 from .positions import positions_to_names
 from .table import LAYOUTS
 
@@ -28,8 +30,6 @@ _NUMBERS = {
     "bool": "<?",
     "uint8": "<B",
 }
-# What modules that average register beside their tensors: torch, ema-pytorch.
-_AVERAGES = ("n_averaged", "initted")
 _UPDATES = ("n_averaged", "num_updates", "optimization_step")
 _FROM_NAME = ("average", "decay", "stem")
 
@@ -47,39 +47,6 @@ class Found:
     profiles: dict[str, Mapping[str, Any]]
     missing: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    layout: Layout
-    under: tuple[str, ...] = ()
-
-    @property
-    def is_part(self) -> bool:
-        """Whether it begins at a part of a model, and not at a key."""
-        return bool(self.under) and self.under[-1].endswith(".")
-
-    def uses(self, content: Content) -> frozenset[str]:
-        """What of a file this one makes use of, beyond what anything else would."""
-        layout = self.layout
-        raw = [pattern for pattern in layout.raw if matches(content.tree, pattern, under=self.under)]
-        # Keys are a file's own, and may look like patterns.
-        under = [re.sub(r"[*#?{}]", "_", key) for key in self.under]
-        inside = {"/".join((*under, part)) for part in (*layout.average[-1:], *layout.marks, *raw)}
-        if self.under:
-            inside |= {pattern for pattern in WEIGHTS if matches(content.tree, pattern)}
-        extra = {f"<file {layout.file}>"} if layout.file else set[str]()
-        extra |= {f"<test {layout.name}>"} if layout.test else set()
-        return frozenset(inside | extra | {f"<about {key}>" for key in layout.about})
-
-
-def _refines(ours: frozenset[str], theirs: frozenset[str]) -> bool:
-    """Whether one makes use of all that the other one does, and of more."""
-
-    def all_of(one: frozenset[str], two: frozenset[str]) -> bool:
-        return all(any(covers(general, special) for special in one) for general in two)
-
-    return all_of(ours, theirs) and not all_of(theirs, ours)
 
 
 def find_layout(
@@ -101,160 +68,115 @@ def find_layout(
 
     Raises:
         FileFormatError: none fits, or two do, neither of which says more than the other.
-        MismatchError: as many names were given as there are not tensors.
+        MismatchError: there are other numbers of names and of tensors.
     """
-    chosen = _choose(content, format, layouts)
-    layout, under = chosen.layout, chosen.under
-    place = Place(content, under, tuple(tuple(given) for given in names))
-    parts = Parts()
-    if under:
-        parts.notes.append(f"found under {'/'.join(under)!r}")
-    if layout.remark:
-        parts.notes.append(layout.remark)
-    groups = _groups(layout, content.path) or {}
-    parts.averages = _by_average(layout.average, content, under, groups.get("average") or "")
-    left_out = _no_plain_tensors(layout.average, content, under)
-    if left_out:
-        parts.notes.append(f"left out, for they are no plain tensors: {listed(left_out)}")
-    parts.raw = _first(layout.raw, content, under) if layout.beside is None else {}
-    if not parts.raw and under:
-        parts.raw = _around(content, under)
-    if layout.beside is not None:
-        _read_beside(parts, layout, content, groups, open_beside)
-    parts.counters = _counters(layout, content, under, groups)
-    parts.decay = _decay(layout, content, under, groups)
-    if layout.code is not None:
-        layout.code(parts, place)
-    if any(parts.counters.get(name) == 0 for name in _UPDATES):
-        parts.notes.append("nothing was averaged yet when it was saved")
-    missing = list(left_out)
-    if layout.is_positional:
-        _name(parts, place, missing)
-    for average in parts.averages.values():
-        tie(average, like=parts.raw)
+    content, chosen = choose(content, format, layouts)
+    found = [_parts(content, one, open_beside, names) for one in chosen]
+    parts = found[0]
+    if len(found) > 1:
+        parts = _merge(found, [one.key for one in chosen])
+    used = {pattern.partition("/")[0] for pattern in (*chosen[0].layout.average, *chosen[0].layout.raw)}
+    used |= {one.under[0] for one in chosen if one.under}
+    passed_over = [key for key in average_keys(content) if key not in used]
+    if passed_over and not chosen[0].layout.is_fallback:
+        parts.notes.append(f"passed over, though the keys speak of averages: {listed(passed_over)}")
     averages = {name or ALONE: _bare(average, parts.notes) for name, average in parts.averages.items()}
     raw = _bare(parts.raw, parts.notes) if parts.raw else None
+    if raw and averages and not parts.missing:
+        averages, raw = _align(averages, raw, parts.notes)
+    for average in averages.values():
+        tie(average, like=raw or {})
     lacking = {name for average in averages.values() for name in raw or () if name not in average}
-    missing += [name for name in raw or () if name in lacking and averages and "names" not in missing]
+    missing = [*parts.missing, *(name for name in raw or () if name in lacking and "names" not in parts.missing)]
     return Found(
         content=content,
-        layout=layout,
+        layout=chosen[0].layout,
         averages=averages,
         raw=raw,
         counters=parts.counters,
         decay=parts.decay,
         profiles={name or ALONE: profile for name, profile in parts.profiles.items()},
-        missing=tuple(missing),
+        missing=tuple(dict.fromkeys(missing)),
         notes=tuple(dict.fromkeys(parts.notes)),
     )
 
 
-def _choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> _Candidate:
-    known = [layout.name for layout in layouts]
-    if format is not None and format not in known:
-        raise FileFormatError(f"format={format!r} is unknown; there are {', '.join(known)}")
-    asked = [layout for layout in layouts if format in (None, layout.name)]
-    places = _places(content)
-    found = [
-        candidate
-        for layout in asked
-        for candidate in (_Candidate(layout, under) for under in (places if layout.may_stand_in else places[:1]))
-        if _fits(candidate, content)
-    ]
-    certain = [candidate for candidate in found if not candidate.layout.is_fallback]
-    if not certain and found:
-        return found[0]
-    # A module that averages, as a part of another one, says least about the file.
-    certain = [one for one in certain if not one.is_part] or certain
-    uses = {one: one.uses(content) for one in certain}
-    best = [one for one in certain if not any(_refines(uses[other], uses[one]) for other in certain)]
-    # Of two readings of the very same things, the one that takes the file as a whole.
-    best = [one for one in best if not one.under or all(other.under for other in best if uses[other] == uses[one])]
-    if len(best) == 1:
-        return best[0]
-    keys = [key[:80] for key, _ in items_of(content.tree)]
-    if best:
-        texts = [f"{one.layout.name!r}{' under ' + repr('/'.join(one.under)) if one.under else ''}" for one in best]
-        raise FileFormatError(
-            f"{str(content.path)!r} could be of several formats: {' and '.join(texts)}. Choose one by format="
-        )
-    what = f"not of the format {format!r}" if format is not None else "of no known format"
-    raise FileFormatError(f"{str(content.path)!r} is {what}; it has {listed(keys) or 'nothing'}")
+def _parts(
+    content: Content,
+    chosen: Candidate,
+    open_beside: Callable[[Path], Content],
+    names: Sequence[Sequence[str]],
+) -> Parts:
+    """What a layout finds in a file."""
+    layout, under = chosen.layout, chosen.under
+    place = Place(content, under, tuple(tuple(given) for given in names))
+    parts = Parts()
+    if under:
+        parts.notes.append(f"found under {chosen.key!r}")
+    if layout.remark:
+        parts.notes.append(layout.remark)
+    groups = file_groups(layout, content.path) or {}
+    parts.averages = _by_average(layout.average, place, groups.get("average") or "")
+    parts.missing = [key for pattern in layout.average for key in _left_out(place, pattern)]
+    if parts.missing:
+        parts.notes.append(f"left out, for they are no plain tensors: {listed(parts.missing)}")
+    if layout.beside is not None:
+        _read_beside(parts, layout, content, groups, open_beside)
+    else:
+        parts.raw = _first(layout.raw, place) or (_around(place) if under else {})
+    parts.counters = _counters(layout, place, groups)
+    parts.decay = _decay(layout, place, groups)
+    if layout.code is not None:
+        layout.code(parts, place)
+    if any(parts.counters.get(name) == 0 for name in _UPDATES):
+        parts.notes.append("nothing was averaged yet when it was saved")
+    if layout.is_positional:
+        _name(parts, place)
+    return parts
 
 
-def _places(content: Content) -> list[tuple[str, ...]]:
-    """Where in a file a layout may begin: at the whole, at a key, or at a part of a model's names."""
-    places: list[tuple[str, ...]] = [(), *((part,) for part in _parts(content.tree))]
-    for key, value in items_of(content.tree):
-        if isinstance(value, (dict, list)):
-            places += [(key,), *((key, part) for part in _parts(cast("object", value)))]
-    return places
+def _merge(found: Sequence[Parts], keys: Sequence[str]) -> Parts:
+    """Averages of one layout under several keys, each by its key."""
+    merged = Parts(raw=found[0].raw)
+    for key, parts in zip(keys, found, strict=True):
+        merged.averages |= {f"{key}/{name}" if name else key: average for name, average in parts.averages.items()}
+        merged.profiles |= {f"{key}/{name}" if name else key: profile for name, profile in parts.profiles.items()}
+        merged.counters |= {f"{key}/{name}": count for name, count in parts.counters.items()}
+        merged.notes += [note for note in parts.notes if not note.startswith("found under")]
+        merged.missing += parts.missing
+    decays = {parts.decay for parts in found}
+    merged.decay = decays.pop() if len(decays) == 1 else None
+    return merged
 
 
-def _parts(tree: object) -> list[str]:
-    """The beginnings of the names of parts that are averages themselves, as modules that hold one have them."""
-    names = [name.rpartition(".") for name, _ in items_of(tree)]
-    return list(dict.fromkeys(f"{part}." for part, _, last in names if part and last in _AVERAGES))
-
-
-def _fits(candidate: _Candidate, content: Content) -> bool:
-    layout, under = candidate.layout, candidate.under
-    if content.kind not in layout.kinds or _groups(layout, content.path) is None:
-        return False
-    if not all(key in content.about for key in layout.about):
-        return False
-    if layout.test is not None and not layout.test(Place(content, under)):
-        return False
-    if not all(matches(content.tree, mark, under=under) for mark in layout.marks):
-        return False
-    if layout.only_tensors and not all(
-        value is None or isinstance(value, (Leaf, bool, int, float, str)) for _, value in items_of(content.tree)
-    ):
-        return False
-    wanted = layout.average or (() if layout.marks or layout.test else layout.raw)
-    return not wanted or any(tensors(matches(content.tree, pattern, under=under)) for pattern in wanted)
-
-
-def _groups(layout: Layout, path: Path) -> dict[str, str | None] | None:
-    """The groups of the pattern for the file's name; None where the name is another one."""
-    if layout.file is None:
-        return {}
-    depth = layout.file.count("/") + 1
-    found = re.fullmatch(layout.file, "/".join(path.absolute().parts[-depth:]))
-    return None if found is None else found.groupdict()
-
-
-def _by_average(
-    patterns: Sequence[str], content: Content, under: tuple[str, ...], name: str
-) -> dict[str, dict[str, Leaf]]:
+def _by_average(patterns: Sequence[str], place: Place, name: str) -> dict[str, dict[str, Leaf]]:
     averages: dict[str, dict[str, Leaf]] = {}
     for pattern in patterns:
-        for average, found in tensors(matches(content.tree, pattern, under=under)).items():
+        for average, found in tensors(matches(place.content.tree, pattern, under=place.under)).items():
             kept = averages.setdefault(average or name, {})
             kept |= {key: leaf for key, leaf in found.items() if key not in kept}
     return averages
 
 
-def _around(content: Content, under: tuple[str, ...]) -> dict[str, Leaf]:
+def _left_out(place: Place, pattern: str) -> Iterator[str]:
+    """Names of what is in an average and is no tensor of plain numbers: quantised, sparse, of another library."""
+    for match in matches(place.content.tree, pattern, under=place.under):
+        if isinstance(match.value, Record):
+            yield match.key
+
+
+def _around(place: Place) -> dict[str, Leaf]:
     """The weights beside an average: in the same dictionary where it is a part, else in a neighbouring one."""
-    *outer, part = under
+    *outer, part = place.under
     if not part.endswith("."):
-        return _first(WEIGHTS, content, ())
-    whole = _first(("*",), content, tuple(outer))
+        return _first([pattern for pattern in WEIGHTS if pattern.partition("/")[0] != part], Place(place.content))
+    whole = _first(("*",), Place(place.content, tuple(outer)))
     return {name: leaf for name, leaf in whole.items() if not name.startswith(part)}
 
 
-def _no_plain_tensors(patterns: Sequence[str], content: Content, under: tuple[str, ...]) -> list[str]:
-    """Names of what is quantised, sparse or otherwise no plain numbers in an average."""
-    found = [match for pattern in patterns for match in matches(content.tree, pattern, under=under)]
-    return [
-        match.key for match in found if isinstance(match.value, Record) and match.value.of.startswith(NO_PLAIN_TENSOR)
-    ]
-
-
-def _first(patterns: Sequence[str], content: Content, under: tuple[str, ...]) -> dict[str, Leaf]:
+def _first(patterns: Sequence[str], place: Place) -> dict[str, Leaf]:
     for pattern in patterns:
-        found = tensors(matches(content.tree, pattern, under=under)).get("", {})
+        found = tensors(matches(place.content.tree, pattern, under=place.under)).get("", {})
         if found:
             return found
     return {}
@@ -272,18 +194,19 @@ def _read_beside(
     found = [one for one in path.parent.glob(layout.beside.format(**groups)) if one != path]
     if not found:
         return
-    neighbour = max(found, key=lambda one: int(re.sub(r"\D", "", one.name) or 0))
-    parts.raw = _first(layout.raw, open_beside(neighbour), ())
-    parts.notes.append(f"the raw weights are those of {neighbour.name!r}, beside it")
+    neighbour = max(found, key=lambda one: int(re.sub(r"\D", "", one.name)[-18:] or 0))
+    try:
+        parts.raw = _first(layout.raw, Place(open_beside(neighbour)))
+        parts.notes.append(f"the raw weights are those of {neighbour.name!r}, beside it")
+    except (FileFormatError, OSError) as error:
+        parts.notes.append(f"no raw weights, for {neighbour.name!r} beside it cannot be read: {error}")
 
 
-def _counters(
-    layout: Layout, content: Content, under: tuple[str, ...], groups: Mapping[str, str | None]
-) -> dict[str, int | float]:
+def _counters(layout: Layout, place: Place, groups: Mapping[str, str | None]) -> dict[str, int | float]:
     found: dict[str, int | float] = {}
-    tree = content.about if layout.about else content.tree
-    around = [(pattern, ()) for pattern in STEPS if under]
-    for pattern, inside in (*around, *((pattern, under) for pattern in layout.counters)):
+    tree = place.content.about if layout.about else place.content.tree
+    around = [(pattern, ()) for pattern in STEPS if place.under]
+    for pattern, inside in (*around, *((pattern, place.under) for pattern in layout.counters)):
         for match in matches(tree, pattern, under=inside):
             number = _number(match.value)
             if number is not None:
@@ -292,11 +215,11 @@ def _counters(
     return found | {key: int(text) for key, text in named.items()}
 
 
-def _decay(layout: Layout, content: Content, under: tuple[str, ...], groups: Mapping[str, str | None]) -> float | None:
+def _decay(layout: Layout, place: Place, groups: Mapping[str, str | None]) -> float | None:
     if groups.get("decay"):
         return float(str(groups["decay"]))
-    tree = content.about if layout.about else content.tree
-    places = matches(tree, layout.decay, under=under) if layout.decay is not None else []
+    tree = place.content.about if layout.about else place.content.tree
+    places = matches(tree, layout.decay, under=place.under) if layout.decay is not None else []
     number = _number(places[0].value) if places else None
     return None if number is None else float(number)
 
@@ -312,14 +235,16 @@ def _number(value: object) -> int | float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def _name(parts: Parts, place: Place, missing: list[str]) -> None:
+def _name(parts: Parts, place: Place) -> None:
     """Gives the tensors of lists their names, and says where nobody knows them."""
     for name, average in parts.averages.items():
         leaves = _in_order(average)
-        known = {} if all(key.isdecimal() for key in parts.raw) else parts.raw
+        # Only torch.save keeps the order of a model.
+        has_order = place.content.kind == "torch" and not all(key.isdecimal() for key in parts.raw)
+        known = parts.raw if has_order else {}
         names = positions_to_names([leaf.shape for leaf in leaves], known, place.names)
         if names is None:
-            missing.append("names")
+            parts.missing.append("names")
             parts.notes.append("its tensors have no names, but positions: give model= or names=")
             return
         parts.averages[name] = dict(zip(names, leaves, strict=True))
@@ -343,3 +268,29 @@ def _bare(tensors: Mapping[str, Leaf], notes: list[str]) -> dict[str, Leaf]:
     if any(name != bare for name, bare in names.items()):
         notes.append("names without what wrappers put in them")
     return {names[name]: leaf for name, leaf in tensors.items()}
+
+
+def _align(
+    averages: dict[str, dict[str, Leaf]], raw: dict[str, Leaf], notes: list[str]
+) -> tuple[dict[str, dict[str, Leaf]], dict[str, Leaf]]:
+    """Averages and raw weights under the same names, where one of them is of a part of the other's model."""
+    names = {name for average in averages.values() for name in average}
+    if not names or names & raw.keys():
+        return averages, raw
+    for part in _beginnings(raw):
+        inside = {name.removeprefix(part): leaf for name, leaf in raw.items() if name.startswith(part)}
+        if names <= inside.keys():
+            notes.append(f"the raw weights are those of the part {part[:-1]!r}")
+            return averages, inside
+    for part in _beginnings(names):
+        if all(part + name in names for name in raw):
+            notes.append(f"the average is of a model that has the raw weights under {part[:-1]!r}")
+            return averages, {part + name: leaf for name, leaf in raw.items()}
+    notes.append(f"the raw weights have no name in common with the average: {listed(list(raw)[:3])}, ...")
+    return averages, raw
+
+
+def _beginnings(names: Mapping[str, Leaf] | set[str]) -> list[str]:
+    """All parts that names begin with, the outermost first."""
+    found = {name[: place + 1] for name in names for place, character in enumerate(name) if character == "."}
+    return sorted(found, key=lambda part: (part.count("."), part))

@@ -25,6 +25,7 @@ class Parts:
     counters: dict[str, int | float] = field(default_factory=dict[str, "int | float"])
     decay: float | None = None
     profiles: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    missing: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
 
 
@@ -88,6 +89,6 @@ class Layout:
     may_stand_in: bool = False
     is_fallback: bool = False
     only_tensors: bool = False
-    test: Callable[[Place], bool] | None = None
+    test: Callable[[Content, tuple[str, ...]], bool] | None = None
     code: Code | None = None
     remark: str = ""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
-from polyak.containers import Between, Content, Leaf, Stored
+from polyak.containers import STATES, Between, Content, Leaf, Stored
 from polyak.errors import FileFormatError, listed
 from polyak.profiles import Power
 
@@ -16,6 +16,7 @@ from .pattern import items_of, matches, tensors, tie
 from .positions import positions_to_names
 
 _AVERAGE_KEY = re.compile(r"(?:^|[_\-.])(?:ema|swa|average|averaged|avg|shadow|polyak)(?:$|[_\-.])", re.IGNORECASE)
+_INNER_KEYS = ("module", "model", "shadow", "ema", "state_dict", "params", "weights", "average", "ema_model")
 _TRAINING = ("ema_optimizer.", "optimizer.", "optim.", "dataloader.", "lr_scheduler.", "train_state.")
 
 
@@ -65,28 +66,43 @@ def dotless(parts: Parts, place: Place) -> None:
         average.pop("decay", None)
         average.pop("num_updates", None)
     parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith("model_ema.")}
-    # The average is of the part "model", and its names begin there.
-    _rename(parts, place, lambda name: name.removeprefix("model.").replace(".", ""))
+    # Mostly the average is of the part "model", and its names begin there.
+    _rename(parts, place, lambda name: (name.removeprefix("model.").replace(".", ""), name.replace(".", "")))
 
 
-def has_dashes(place: Place) -> bool:
+def is_outermost(content: Content, under: tuple[str, ...]) -> bool:
+    """Whether what begins with the layout's own word is its average, and not a module that averages, so called."""
+    return not any(
+        matches(content.tree, f"{word}.{mark}", under=under)
+        for word in ("ema_model", "model_ema")
+        for mark in ("initted", "n_averaged")
+    )
+
+
+def has_dashes(content: Content, under: tuple[str, ...]) -> bool:
     """Whether names have dashes in place of dots."""
-    names = [match.key for match in matches(place.content.tree, "ema.*", under=place.under)]
+    names = [match.key for match in matches(content.tree, "ema.*", under=under)]
     return any("-" in name for name in names) and not any("." in name for name in names)
 
 
 def dashed(parts: Parts, place: Place) -> None:
     """Names whose dots are dashes are found again among those of the raw weights, or of the model."""
     parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith("ema.")}
+
     # The average is of the part "net", and its names begin there.
-    _rename(parts, place, lambda name: name.replace("_orig_mod.", "").removeprefix("net.").replace(".", "-"))
+    def change(name: str) -> tuple[str, ...]:
+        bare = name.replace("_orig_mod.", "")
+        return bare.removeprefix("net.").replace(".", "-"), bare.replace(".", "-")
+
+    _rename(parts, place, change)
 
 
-def _rename(parts: Parts, place: Place, change: Callable[[str], str]) -> None:
-    candidates = [*parts.raw, *(name for names in place.names for name in names)]
+def _rename(parts: Parts, place: Place, change: Callable[[str], tuple[str, ...]]) -> None:
+    """Gives tensors the names that become theirs by a change: those of the raw weights, or else of the model."""
     originals: dict[str, set[str]] = {}
-    for name in candidates:
-        originals.setdefault(change(name), set()).add(name)
+    for name in parts.raw or (name for names in place.names for name in names):
+        for changed in change(name):
+            originals.setdefault(changed, set()).add(name)
     for kept, average in parts.averages.items():
         given = {name.replace("_orig_mod-", ""): leaf for name, leaf in average.items()}
         several = sorted(name for name in given if len(originals.get(name, ())) > 1)
@@ -169,20 +185,41 @@ def polyak_state(parts: Parts, place: Place) -> None:
         parts.notes.append("an update was not applied yet when it was saved; resuming applies it")
 
 
-def has_average_key(place: Place) -> bool:
+def accelerate_folder(parts: Parts, place: Place) -> None:
+    """The weights are those that are trained; averages are in files beside them, each a checkpoint by itself."""
+    states = cast("list[str]", place.content.about[STATES])
+    parts.notes.append(f"an average may be in {listed(states)} of this folder: read that file")
+
+
+def has_average_key(content: Content, under: tuple[str, ...]) -> bool:
     """Whether a dictionary of tensors stands under a key that speaks of an average."""
-    return bool(_average_keys(place.content))
+    return bool(average_keys(content))
 
 
 def any_key(parts: Parts, place: Place) -> None:
     """Averages go by the keys that they stand under, where there are several."""
-    found = _average_keys(place.content)
+    found = average_keys(place.content)
     parts.averages = found if len(found) > 1 else {"": next(iter(found.values()))}
     parts.notes.append(f"taken for an average by its key: {listed(found)}")
 
 
-def _average_keys(content: Content) -> dict[str, dict[str, Leaf]]:
-    found = {key: _only(matches(value, "*")) for key, value in items_of(content.tree) if _AVERAGE_KEY.search(key)}
+def weights_alone(parts: Parts, place: Place) -> None:
+    """Says what might be an average all the same."""
+    suspects = [key for key, _ in items_of(place.content.tree) if _AVERAGE_KEY.search(key)]
+    if suspects:
+        parts.notes.append(f"passed over, though the keys speak of averages: {listed(suspects)}")
+    if "pytorch-lightning_version" in dict(items_of(place.content.tree)):
+        parts.notes.append("a file of Lightning that has weights only is the average where a callback averages")
+
+
+def average_keys(content: Content) -> dict[str, dict[str, Leaf]]:
+    """Dictionaries of tensors under keys that speak of an average, or in a dictionary there."""
+    found: dict[str, dict[str, Leaf]] = {}
+    for key, value in items_of(content.tree):
+        if _AVERAGE_KEY.search(key):
+            patterns = ("*", *(f"{word}/*" for word in _INNER_KEYS))
+            inner = [inside for pattern in patterns if (inside := _only(matches(value, pattern)))]
+            found[key] = inner[0] if inner else {}
     return {key: average for key, average in found.items() if average}
 
 

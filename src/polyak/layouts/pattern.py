@@ -49,7 +49,9 @@ def matches(tree: object, pattern: str, *, under: tuple[str, ...] = ()) -> list[
 
 def _within(tree: object, key: str) -> object:
     if not key.endswith("."):
-        return dict(items_of(tree)).get(key)
+        # At once, where it can be: a file may have as many keys as it likes.
+        known = cast("dict[object, object]", tree) if isinstance(tree, dict) else dict[object, object](items_of(tree))
+        return known.get(key)
     return {name.removeprefix(key): value for name, value in items_of(tree) if name.startswith(key)}
 
 
@@ -63,6 +65,8 @@ def _search(tree: object, segments: tuple[str, ...], average: str, key: str) -> 
             if name == first:
                 yield from _search(value, tuple(rest), average, key)
         return
+    if "*" in first and isinstance(tree, (list, tuple)):
+        return  # what has a position has no name
     form = _compiled(first)
     for name, value in items_of(tree):
         found = form.fullmatch(name)
@@ -75,8 +79,9 @@ def _search(tree: object, segments: tuple[str, ...], average: str, key: str) -> 
 
 @cache
 def _compiled(segment: str) -> re.Pattern[str]:
-    if segment == "?":
-        return re.compile(".+", re.DOTALL)
+    # By itself it is a whole key, which may have dots in it.
+    if segment in ("?", "{}"):
+        return re.compile("(?P<average>.+)" if segment == "{}" else ".+", re.DOTALL)
     parts = re.split(r"(\*|\{\}|#|\?)", segment)
     return re.compile("".join(_MEANING.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
@@ -84,6 +89,7 @@ def _compiled(segment: str) -> re.Pattern[str]:
 def items_of(tree: object) -> Iterator[tuple[str, Any]]:
     """The items of a dictionary, list or record by text, as far as they have such names."""
     if isinstance(tree, Record):
+        yield from ((str(key), value) for key, value in tree.items.items())
         tree = tree.state
     if isinstance(tree, Mapping):
         for key, value in cast("Mapping[object, Any]", tree).items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from polyak.containers import STATES
+
 from . import odd
 from .layout import DISTRIBUTED, FOLDER, STEPS, WEIGHTS, Layout
 
@@ -45,6 +47,7 @@ LAYOUTS: tuple[Layout, ...] = (
         raw=("online_model.*",),
         counters=("step", "initted"),
         may_stand_in=True,
+        test=odd.is_outermost,
     ),
     Layout(
         name="ema-pytorch-posthoc",
@@ -57,6 +60,7 @@ LAYOUTS: tuple[Layout, ...] = (
         name="ema-pytorch-posthoc-file",
         writer="ema-pytorch PostHocEMA.checkpoint()",
         average=("ema_model.*",),
+        test=odd.is_outermost,
         file=r"(?P<average>\d+)\.(?P<step>\d+)\.pt",
         remark="all tensors are in float16, counters as well",
     ),
@@ -101,7 +105,7 @@ LAYOUTS: tuple[Layout, ...] = (
         raw=("current_model_state/*",),
         counters=("averaging_state/n_averaged", "callbacks/?/latest_update_step", "epoch", "global_step"),
         marks=("averaging_state", "current_model_state"),
-        remark="state_dict is the average; the weights that are trained are in current_model_state",
+        remark="state_dict is the average, current_model_state what is trained; after the fit both are the average",
     ),
     Layout(
         name="lightning-swa",
@@ -190,6 +194,7 @@ LAYOUTS: tuple[Layout, ...] = (
         counters=("model_ema.num_updates",),
         decay="model_ema.decay",
         may_stand_in=True,
+        test=odd.is_outermost,
         code=odd.dotless,
         remark="the dots of its names are lost, and found again by those of the raw weights",
     ),
@@ -280,6 +285,14 @@ LAYOUTS: tuple[Layout, ...] = (
         may_stand_in=True,
     ),
     Layout(
+        name="list",
+        writer="any, a list of parameters",
+        average=("ema/#", "model_ema/#", "ema_params/#", "ema_parameters/#"),
+        raw=WEIGHTS,
+        counters=STEPS,
+        is_positional=True,
+    ),
+    Layout(
         name="ignite",
         writer="ignite EMAHandler, with Checkpoint",
         average=("ema_model/*",),
@@ -298,6 +311,7 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("teacher/*",),
         raw=("student/*",),
         counters=STEPS,
+        remark="a teacher need not be an average of the student",
     ),
     Layout(
         name="polyak",
@@ -315,6 +329,14 @@ LAYOUTS: tuple[Layout, ...] = (
         counters=("clock/time", "clock/num_updates"),
         may_stand_in=True,
         code=odd.polyak_state,
+    ),
+    Layout(
+        name="accelerate-folder",
+        writer="accelerate save_state()",
+        raw=("*",),
+        kinds=FOLDER,
+        about=(STATES,),
+        code=odd.accelerate_folder,
     ),
     Layout(
         name="huggingface",
@@ -356,6 +378,7 @@ LAYOUTS: tuple[Layout, ...] = (
         raw=WEIGHTS,
         counters=STEPS,
         is_fallback=True,
-        remark="there is no average in it",
+        code=odd.weights_alone,
+        remark="no average was recognised in it",
     ),
 )
