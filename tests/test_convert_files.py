@@ -181,10 +181,23 @@ class TestWhatIsMissing:
             average.export(tmp_path / "uniform.safetensors")
         done = polyak.convert(tmp_path / "uniform.safetensors", tmp_path / "out.pt", to="torch")
         assert "the layout has no place for the profile, Uniform()" in done.notes
+        with_decay = polyak.convert(tmp_path / "uniform.safetensors", tmp_path / "out.pt", to="torch", decay=0.5)
+        assert "the layout has no place for the decay, 0.5, for the profile, Uniform()" in with_decay.notes
         done = polyak.convert(case.path, tmp_path / "out.safetensors", to="safetensors")
         assert done.notes == ()
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
             assert (file.metadata()["num_updates"], file.metadata()["time"]) == ("3", "3.0")
+
+
+@pytest.mark.protects
+def test_a_profile_that_an_export_cannot_have_is_told(tmp_path):
+    """The metadata of an export have a time and a number of updates, too, which EDM2 does not keep."""
+    network = zoo.mlp().state_dict()
+    training = {"net": network, "ema": {"stds": [0.05], "emas": [network]}, "state": {"cur_nimg": 64}}
+    torch.save(training, tmp_path / "training-state.pt")
+    done = polyak.convert(tmp_path / "training-state.pt", tmp_path / "out.safetensors", to="safetensors")
+    assert "the layout has no place for the profile, Power(relative_std=0.05), for the raw weights" in done.notes
+    assert polyak.read(tmp_path / "out.safetensors").profiles == {}
 
 
 def test_a_positional_layout_stays_positional_without_names(tmp_path):

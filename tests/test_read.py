@@ -181,6 +181,33 @@ class TestWhichLayout:
         assert zoo.bit_equal(dict(checkpoint.raw_weights), module.net.state_dict())
         assert "the raw weights are those of the part 'net'" in checkpoint.notes
 
+    @pytest.mark.parametrize(
+        ("content", "match"),
+        [
+            (
+                {"net": {}, "ema": {"stds": ["wide"], "emas": [{"w": torch.ones(1)}]}},
+                "is damaged: it has no standard deviation for its average '0'",
+            ),
+            (
+                {
+                    "model": {"w": torch.ones(1)},
+                    "optimizer": {"state": {0: {"z": 1}}, "param_groups": [{"train_mode": True}]},
+                },
+                "is damaged: a group of its optimizer has no beta",
+            ),
+        ],
+    )
+    def test_whatever_is_wrong_names_the_file(self, content, match, tmp_path):
+        with pytest.raises(polyak.FileFormatError, match=f"^'.*x.pth' {match}"):
+            polyak.read(save(tmp_path, content, "x.pth"))
+
+    def test_a_neighbour_that_is_damaged(self, tmp_path, weights):
+        save(tmp_path, {"state_dict": weights, "optimizer_states": [{"ema": []}]}, "last-EMA.ckpt")
+        (tmp_path / "last.ckpt").write_bytes(b"PK")
+        checkpoint = polyak.read(tmp_path / "last-EMA.ckpt")
+        assert checkpoint.raw_weights is None
+        assert checkpoint.notes[0].startswith("no raw weights, for 'last.ckpt' beside it cannot be read: ")
+
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.containers import open_content
         from polyak.layouts.finding import find_layout
@@ -223,7 +250,8 @@ class TestNames:
     def test_as_many_names_as_tensors(self, tmp_path):
         content = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(1)] * 2, "collected_params": None}
         with pytest.raises(
-            polyak.MismatchError, match=r"there are 2 tensors without names, and 1 names for them: 'a'. Give the"
+            polyak.MismatchError,
+            match=r"checkpoint.pth' has 2 tensors without names, and there are 1 names for them: 'a'. Give the",
         ):
             polyak.read(save(tmp_path, content), names=["a"])
         with pytest.raises(TypeError, match="names: a list of names of parameters is needed"):

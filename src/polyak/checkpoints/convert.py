@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from polyak.containers import leaves_of
 from polyak.errors import FileFormatError, MismatchError
 from polyak.kernels import check_floating_point
+from polyak.profiles import Exponential
 
 from .checkpoint import Checkpoint
 from .content import save
@@ -118,7 +119,7 @@ def convert(
         complete(material, model, maker, with_raw="raw" in layout.keeps)
     content = layout.content(material)
     about = layout.about(material) if layout.about is not None else None
-    _say_what_is_lost(material, layout)
+    _say_what_is_lost(material, layout, about)
     written = _tensors_of(material, layout, content)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in written)
     if layout.kind != "folder" and Path(output).exists():
@@ -228,17 +229,23 @@ def _configuration(path: str | os.PathLike[str], config: str | os.PathLike[str] 
     return found  # pyright: ignore[reportUnknownVariableType]
 
 
-def _say_what_is_lost(material: Material, layout: Written) -> None:
+def _say_what_is_lost(material: Material, layout: Written, about: Mapping[str, Any] | None) -> None:
     checkpoint = material.checkpoint
-    count = num_updates(checkpoint)
-    decay = decay_of(checkpoint, material.chosen) if material.decay is None else material.decay
-    lost = [] if count is None or "updates" in layout.keeps else [f"the number of updates, {count}"]
-    lost += [] if decay is None or "decay" in layout.keeps else [f"the decay, {decay}"]
     profile = checkpoint.profiles.get(material.chosen)
-    lost += [] if profile is None or decay is not None else [f"the profile, {profile}"]
-    if layout.kind == "safetensors" and profile is not None:
-        lost = []
-    lost += [] if material.raw is None or "raw" in layout.keeps else ["the raw weights"]
+    known = decay_of(checkpoint, material.chosen)
+    kept = layout.keeps
+    if layout.kind == "safetensors" and about is not None:
+        kept |= {"updates", "decay", "profile"}
+    # A decay that stays the same is all that such a profile says.
+    if isinstance(profile, Exponential) and known is not None:
+        kept |= {"profile"}
+    facts = (
+        (num_updates(checkpoint), "updates", "the number of updates, {}"),
+        (known if material.decay is None else material.decay, "decay", "the decay, {}"),
+        (profile, "profile", "the profile, {}"),
+        (material.raw, "raw", "the raw weights"),
+    )
+    lost = [text.format(value) for value, key, text in facts if value is not None and key not in kept]
     if lost:
         material.notes.append(f"the layout has no place for {', for '.join(lost)}")
 

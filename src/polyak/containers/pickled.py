@@ -17,7 +17,8 @@ from polyak.errors import FileFormatError
 from .stored import Record
 
 _MAX_KEY_PARTS = 64
-_MAX_COPIED = 1 << 24
+_MAX_COPIED = 1 << 22
+_BYTES_OF_ONE = 64
 _Call = Callable[..., Any]
 
 
@@ -178,7 +179,8 @@ class _Machine:
             raise FileFormatError("a pickle in it is damaged: it calls what is no function")
         given = cast("tuple[Any, ...]", arguments)
         # What is kept once in the pickle, and copied at each of many calls, is as large as its author likes.
-        self.num_copied += sum(len(cast("str", part)) for part in given if isinstance(part, (list, str)))
+        self.num_copied += sum(len(cast("list[Any]", part)) for part in given if isinstance(part, list))
+        self.num_copied += sum(len(part) // _BYTES_OF_ONE for part in given if isinstance(part, str))
         if self.num_copied > _MAX_COPIED:
             raise FileFormatError("a pickle in it copies the same again and again, which no file of tensors needs")
         made = function.call(*given)

@@ -6,13 +6,4 @@ from .finding import Found as Found
 from .layout import Layout as Layout
 from .pattern import items_of as items_of
 from .table import LAYOUTS as LAYOUTS
-
-
-def formats() -> dict[str, str]:
-    """What `read(format=)` and `polyak inspect --format` take, each with what writes it.
-
-    Example:
-        >>> formats()["torch"]
-        'torch AveragedModel'
-    """
-    return {layout.name: layout.writer for layout in LAYOUTS}
+from .table import formats as formats

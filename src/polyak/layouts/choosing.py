@@ -60,9 +60,6 @@ def choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> t
     Raises:
         FileFormatError: none fits, or two do, neither of which says more than the other.
     """
-    known = [layout.name for layout in layouts]
-    if format is not None and format not in known:
-        raise FileFormatError(f"format={format!r} is unknown; there are {', '.join(known)}")
     asked = [layout for layout in layouts if format in (None, layout.name)]
     places = _places(content)
     found = [
@@ -85,7 +82,7 @@ def choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> t
             raise FileFormatError(str(error).replace("; it has ", f"; under {key!r} it has ")) from None
     keys = [key[:80] for key, _ in items_of(content.tree)]
     what = f"not of the format {format!r}" if format is not None else "of no known format"
-    raise FileFormatError(f"{str(content.path)!r} is {what}; it has {listed(keys) or 'nothing'}")
+    raise FileFormatError(f"is {what}; it has {listed(keys) or 'nothing'}")
 
 
 def _best(certain: list[Candidate], content: Content) -> list[Candidate]:
@@ -98,9 +95,7 @@ def _best(certain: list[Candidate], content: Content) -> list[Candidate]:
     if len({one.layout.name for one in best}) == 1 and (len(best) == 1 or all(one.under for one in best)):
         return best
     texts = [f"{one.layout.name!r}{f' under {one.key!r}' if one.under else ''}" for one in best]
-    raise FileFormatError(
-        f"{str(content.path)!r} could be of several formats: {' and '.join(texts)}. Choose one by format="
-    )
+    raise FileFormatError(f"could be of several formats: {' and '.join(texts)}. Choose one by format=")
 
 
 def _refines(ours: frozenset[str], theirs: frozenset[str]) -> bool:

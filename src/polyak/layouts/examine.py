@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 
 from polyak.containers import damaged, open_content
-from polyak.errors import PolyakError
+from polyak.errors import FileFormatError, PolyakError
 
 from .finding import Found, find_layout
+from .table import formats
 
 
 def examine(
@@ -31,6 +32,8 @@ def examine(
         FileFormatError: it is damaged, hostile, of no known layout, or could be of two.
         MismatchError: the names are not as many as the tensors.
     """
+    if format is not None and format not in formats():
+        raise FileFormatError(f"format={format!r} is unknown; there are {', '.join(formats())}")
     content = open_content(path, skip_objects=skip_objects)
     try:
         return find_layout(
@@ -39,7 +42,9 @@ def examine(
             format=format,
             names=names,
         )
-    except (PolyakError, OSError):
+    except PolyakError as error:
+        raise type(error)(f"{os.fspath(path)!r} {error}") from error.__cause__
+    except OSError:
         raise
     except Exception as error:
         raise damaged(path, error) from error

@@ -54,8 +54,8 @@ class Layout:
     Attributes:
         name: what `format=` takes.
         writer: the library and what of it writes such files.
-        average: where the average is; of several places, the later ones give what the earlier ones lack. None: there is
-            none in such files.
+        average: where the average is; of several places, the later ones give what the earlier ones lack. Empty:
+            there is none in such files, or `code` finds it.
         raw: where the weights that are trained are, likewise.
         counters: where numbers are that say how far the training was. Each goes by the last part of its place.
         decay: where the decay is.

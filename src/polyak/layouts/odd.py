@@ -141,7 +141,7 @@ def schedule_free(parts: Parts, place: Place) -> None:
     for group in groups:
         first = dict(items_of(group.get("betas"))).get("0", group.get("momentum"))
         if not isinstance(first, float) or not 0 < first < 1:
-            raise FileFormatError(f"{str(place.content.path)!r} is damaged: a group of its optimizer has no beta")
+            raise FileFormatError("is damaged: a group of its optimizer has no beta")
         betas |= {int(position): first for _, position in items_of(group.get("params"))}
     order = sorted(betas)
     shapes = [ends[position].shape if position in ends else None for position in order]
@@ -155,9 +155,7 @@ def schedule_free(parts: Parts, place: Place) -> None:
         if end is None:
             continue
         if not isinstance(start, Stored) or not isinstance(end, Stored) or start.shape != end.shape:
-            raise FileFormatError(
-                f"{str(place.content.path)!r} is damaged: z of {name!r} has not the form of its weight"
-            )
+            raise FileFormatError(f"is damaged: z of {name!r} has not the form of its weight")
         average[name] = Between(start, end, 1 - 1 / betas[position])
         average |= {tied: average[name] for tied, leaf in parts.raw.items() if leaf == start}
 

@@ -26,7 +26,7 @@ def positions_to_names(
         The names, or None where nobody knows them.
 
     Raises:
-        MismatchError: names were given, and there are not as many as tensors.
+        MismatchError: names were given, and there are more or fewer tensors.
     """
     for given in names:
         if len(given) == len(shapes):
@@ -34,8 +34,8 @@ def positions_to_names(
     if names:
         counts = " or ".join(str(len(given)) for given in names)
         raise MismatchError(
-            f"there are {len(shapes)} tensors without names, and {counts} names for them: "
-            f"{listed(names[0])}. Give the parameters that were averaged, in their order"
+            f"has {len(shapes)} tensors without names, and there are {counts} names for them: {listed(names[0])}. Give "
+            "the parameters that were averaged, in their order"
         )
     parameters = _parameters(raw)
     fits = len(parameters) == len(shapes) and all(

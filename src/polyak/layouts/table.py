@@ -382,3 +382,13 @@ LAYOUTS: tuple[Layout, ...] = (
         remark="no average was recognised in it",
     ),
 )
+
+
+def formats() -> dict[str, str]:
+    """What `read(format=)` and `polyak inspect --format` take, each with what writes it.
+
+    Example:
+        >>> formats()["torch"]
+        'torch AveragedModel'
+    """
+    return {layout.name: layout.writer for layout in LAYOUTS}
