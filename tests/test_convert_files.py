@@ -326,7 +326,7 @@ class TestRefused:
 
     def test_a_file_without_an_average(self, tmp_path):
         torch.save({"model": zoo.mlp().state_dict(), "epoch": 1}, tmp_path / "in.pth")
-        with pytest.raises(polyak.FileFormatError, match=r"in.pth' has no average to convert, but only raw weights"):
+        with pytest.raises(polyak.FileFormatError, match=r"in.pth' has no average, but only raw weights"):
             polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to="plain")
 
     def test_positions_without_names(self, tmp_path):
@@ -340,7 +340,7 @@ class TestRefused:
         case = cases.timm(tmp_path)
         with pytest.raises(polyak.FileFormatError, match=r"has no config.json, without which diffusers cannot make"):
             polyak.convert(case.path, tmp_path / "out", to="diffusers")
-        for text, message in (("[1]", "holds no dictionary"), ("{", "is no JSON")):
+        for text, message in (("[1]", "holds no dictionary"), ("{", "is no JSON"), ("[" * 100_000, "is no JSON")):
             (tmp_path / "bad.json").write_text(text)
             with pytest.raises(polyak.FileFormatError, match=f"bad.json' {message}, and the configuration of a model"):
                 polyak.convert(case.path, tmp_path / "out", to="diffusers", config=tmp_path / "bad.json")

@@ -101,14 +101,23 @@ class TestLayoutsWithoutAFile:
         content = {"model": weights, "ema_0.99": weights, "ema_0.999": doubled(weights)}
         checkpoint = polyak.read(save(tmp_path, content))
         assert sorted(checkpoint.averages) == ["ema_0.99", "ema_0.999"]
-        with pytest.raises(polyak.FileFormatError, match=r"has several averages, 'ema_0.99', 'ema_0.999'; take one of"):
+        with pytest.raises(polyak.FileFormatError, match=r"has several averages, 'ema_0.99', 'ema_0.999'; choose one"):
             _ = checkpoint.average
+        with pytest.raises(
+            polyak.FileFormatError, match=r"pth' has several averages, 'ema_0.99', 'ema_0.999'; choose one"
+        ):
+            checkpoint.weights()
+        with pytest.raises(
+            polyak.FileFormatError, match=r"average='ema' is not in .*, which has 'ema_0.99', 'ema_0.999'"
+        ):
+            checkpoint.weights("ema")
+        assert zoo.bit_equal(checkpoint.weights("ema_0.99"), weights)
 
     def test_no_average(self, tmp_path, weights):
         checkpoint = polyak.read(save(tmp_path, {"state_dict": weights, "epoch": 1}))
         assert (checkpoint.format, dict(checkpoint.averages)) == ("weights", {})
         assert zoo.bit_equal(dict(checkpoint.raw_weights), weights)
-        with pytest.raises(polyak.FileFormatError, match=r"has no average, but only raw weights; take \.raw_weights"):
+        with pytest.raises(polyak.FileFormatError, match=r"has no average, but only raw weights"):
             _ = checkpoint.average
 
     def test_the_other_training_state_of_edm2(self, tmp_path, weights):

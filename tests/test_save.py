@@ -191,8 +191,7 @@ class TestLoad:
         with zipfile.ZipFile(saved) as archive:
             (record,) = (name for name in archive.namelist() if name.endswith("data/0"))
         assert str(caught.value) == (
-            f"{str(saved)!r} is damaged: the record {record!r} does not have the checksum that was written with it; "
-            "take another copy of it"
+            f"{str(saved)!r} is damaged: the record {record!r}: its bytes do not fit its CRC32; take another copy of it"
         )
 
     @pytest.mark.protects
@@ -225,6 +224,28 @@ class TestLoad:
         saved.write_text("text")
         with pytest.raises(polyak.FileFormatError, match=r"or torch\.save did not write it"):
             polyak.load(saved)
+
+    @pytest.mark.protects
+    def test_files_without_checksums(self, saved):
+        content = torch.load(saved)
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(content, saved)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        told = r"last.pt' was written without checksums, and may be damaged; torch.load\(\) reads it unchecked"
+        with pytest.raises(polyak.FileFormatError, match=told):
+            polyak.load(saved)
+        torch.save(content, saved, _use_new_zipfile_serialization=False)
+        with pytest.raises(polyak.FileFormatError, match=told):
+            polyak.load(saved)
+
+    def test_files_of_safetensors(self, tmp_path):
+        average = polyak.WeightAverage(nn.Linear(2, 2))
+        average.update()
+        average.export(tmp_path / "x.safetensors")
+        with pytest.raises(polyak.FileFormatError, match=r"was not written by torch.save; polyak.read\(\) reads the"):
+            polyak.load(tmp_path / "x.safetensors")
 
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError):

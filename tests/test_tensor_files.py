@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save, save_file
 import polyak
 import zoo
 from polyak.checkpoints import safetensors_file, write_safetensors, write_sharded
-from polyak.checkpoints.safetensors_file import CHECKSUMS
+from polyak.containers import CHECKSUMS
 
 
 def metadata_of(path):

@@ -41,6 +41,23 @@ class Checkpoint:
     missing: tuple[str, ...]
     notes: tuple[str, ...]
 
+    def choose(self, name: str | None = None) -> str:
+        """The name of an average that is there: the given one, or that of the only one.
+
+        Raises:
+            FileFormatError: there is none, or no such one, or there are several and none was given.
+        """
+        names = list(self.averages)
+        if not names:
+            raise FileFormatError(f"{str(self.path)!r} has no average, but only raw weights")
+        if name is not None and name not in names:
+            raise FileFormatError(f"average={name!r} is not in {str(self.path)!r}, which has {listed(names)}")
+        if name is None and len(names) > 1:
+            raise FileFormatError(
+                f"{str(self.path)!r} has several averages, {listed(names)}; choose one by average=, or of .averages"
+            )
+        return names[0] if name is None else name
+
     @property
     def average(self) -> Tensors:
         """The average, where there is just one.
@@ -48,23 +65,20 @@ class Checkpoint:
         Raises:
             FileFormatError: there is none, or several; take one of `averages`.
         """
-        if len(self.averages) == 1:
-            return next(iter(self.averages.values()))
-        if self.averages:
-            raise FileFormatError(
-                f"{str(self.path)!r} has several averages, {listed(self.averages)}; take one of .averages"
-            )
-        raise FileFormatError(f"{str(self.path)!r} has no average, but only raw weights; take .raw_weights")
+        return self.averages[self.choose()]
 
-    def weights(self, name: str | None = None) -> dict[str, Tensor]:
+    def weights(self, average: str | None = None) -> dict[str, Tensor]:
         """All of the model's tensors: the average, and the raw weights' own for what is missing in it.
 
         Raw weights that have no name in common with the average are those of another model, and give nothing.
 
         Args:
-            name: of the average; needed where there are several.
+            average: its name; needed where there are several.
+
+        Raises:
+            FileFormatError: there is none, or no such one, or there are several and none was given.
         """
-        chosen = self.average if name is None else self.averages[name]
+        chosen = self.averages[self.choose(average)]
         raw: Mapping[str, Tensor] = self.raw_weights or {}
         return {**raw, **chosen} if raw.keys() & chosen.keys() else dict(chosen)
 

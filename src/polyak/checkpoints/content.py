@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import Any, BinaryIO, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from polyak.containers import open_content
+from polyak.containers import open_content, verify
 from polyak.errors import FileFormatError
 
 from .write import replacing
@@ -83,8 +82,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is damaged, and the message names the record; or it was saved with torch's checksums
-            switched off, is of another kind, or holds objects whose loading would run code.
+        FileFormatError: the file is damaged (the message names the record, unless the file is cut off); or it was saved
+            with torch's checksums switched off, is of another kind, or holds objects whose loading would run code.
 
     Example:
         >>> import tempfile, torch, polyak
@@ -93,12 +92,18 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         ...     polyak.load(f"{folder}/last.pt")
         {'weight': tensor([1., 1.])}
     """
-    with open(path, "rb") as file:
-        damaged = _damaged_record(file)
-    if damaged is not None:
-        raise FileFormatError(f"{os.fspath(path)!r} is damaged: {damaged}; take another copy of it")
+    verification = verify([Path(path)])
+    if verification.problems:
+        raise FileFormatError(f"{os.fspath(path)!r} is damaged: {verification.problems[0]}; take another copy of it")
     # Whatever could run code ends here, also in versions of torch that can be led to run it.
-    open_content(path)
+    if open_content(path).kind != "torch":
+        raise FileFormatError(
+            f"{os.fspath(path)!r} was not written by torch.save; polyak.read() reads the tensors in it"
+        )
+    if not verification.num_fitting:
+        raise FileFormatError(
+            f"{os.fspath(path)!r} was written without checksums, and may be damaged; torch.load() reads it unchecked"
+        )
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -109,19 +114,6 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)!r} holds objects that torch does not load without running code; polyak.read() reads the "
             "averages in it"
         ) from error
-
-
-def _damaged_record(file: BinaryIO) -> str | None:
-    """The first record that does not have the checksum that was written with it, or None."""
-    # zipfile raises whatever a damaged byte leads it to, also when it seeks to where nothing can be.
-    try:
-        with zipfile.ZipFile(file) as archive:
-            name = archive.testzip()
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        return f"it is cut off, its list of records is wrong, or torch.save did not write it ({error})"
-    return None if name is None else f"the record {name!r} does not have the checksum that was written with it"
 
 
 class _Size:

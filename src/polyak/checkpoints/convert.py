@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.containers import leaves_of
+from polyak.containers import CONFIGURATION, leaves_of, read_json
 from polyak.errors import FileFormatError, MismatchError
 from polyak.kernels import check_floating_point
 from polyak.profiles import Exponential
@@ -20,14 +20,13 @@ from .checkpoint import Checkpoint
 from .content import save
 from .conversion import Conversion
 from .counters import decay_of, num_updates
-from .material import Maker, Material, choose, complete, first_names, order_of
+from .material import Maker, Material, complete, first_names, order_of
 from .read import read
 from .safetensors_file import write_safetensors
 from .shards import write_sharded
 from .written_layouts import WRITTEN, Written
 
 _FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".json")
-_CONFIGURATION = "config.json"
 _LARGE = 5_000_000_000
 
 
@@ -88,7 +87,7 @@ def convert(
     layout = _check(path, output, to=to, dtype=dtype, decay=decay, max_shard_bytes=max_shard_bytes)
     configuration = _configuration(path, config) if layout.kind == "folder" else None
     checkpoint, prefix = _read(path, format=format, model=model, names=names, skip_objects=skip_objects)
-    chosen = choose(checkpoint, average)
+    chosen = checkpoint.choose(average)
     _check_is_no_source(checkpoint, output)
     if "names" in checkpoint.missing and not layout.is_positional:
         raise MismatchError(
@@ -97,7 +96,7 @@ def convert(
         )
     if configuration is None and layout.name == "diffusers":
         raise FileFormatError(
-            f"{os.fspath(path)!r} has no {_CONFIGURATION}, without which diffusers cannot make the model: give config="
+            f"{os.fspath(path)!r} has no {CONFIGURATION}, without which diffusers cannot make the model: give config="
         )
     maker = Maker(path, dtype)
     given = checkpoint.averages[chosen]
@@ -121,7 +120,7 @@ def convert(
     about = layout.about(material) if layout.about is not None else None
     _say_what_is_lost(material, layout, about)
     written = _tensors_of(material, layout, content)
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in written)
+    num_bytes = sum(tensor.nbytes for tensor in written)
     if layout.kind != "folder" and Path(output).exists():
         material.notes.append("the file that was there is replaced")
     if layout.kind == "torch":
@@ -131,7 +130,7 @@ def convert(
             material.notes.append(f"one file of {num_bytes:,} bytes; to='huggingface' writes several, with an index")
         write_safetensors(output, content, metadata=about or {})
     else:
-        beside = {} if about is None else {_CONFIGURATION: (json.dumps(about, indent=2) + "\n").encode()}
+        beside = {} if about is None else {CONFIGURATION: (json.dumps(about, indent=2) + "\n").encode()}
         write_sharded(output, content, metadata={}, max_bytes=max_shard_bytes, stem=layout.stem, beside=beside)
     return Conversion(
         path=Path(output),
@@ -217,16 +216,13 @@ def _read(
 def _configuration(path: str | os.PathLike[str], config: str | os.PathLike[str] | None) -> Mapping[str, Any] | None:
     """The model's configuration: that which was given, or the input's own."""
     given = Path(path if config is None else config)
-    file = given / _CONFIGURATION if given.is_dir() else given
+    file = given / CONFIGURATION if given.is_dir() else given
     if config is None and (file == given or not file.is_file()):
         return None
     try:
-        found = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise FileFormatError(f"{str(file)!r} is no JSON, and the configuration of a model is needed") from error
-    if not isinstance(found, dict):
-        raise FileFormatError(f"{str(file)!r} holds no dictionary, and the configuration of a model is needed")
-    return found  # pyright: ignore[reportUnknownVariableType]
+        return read_json(file)
+    except FileFormatError as error:
+        raise FileFormatError(f"{str(file)!r} {error}, and the configuration of a model is needed") from error.__cause__
 
 
 def _say_what_is_lost(material: Material, layout: Written, about: Mapping[str, Any] | None) -> None:

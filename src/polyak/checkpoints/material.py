@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polyak.containers import Leaf
 from polyak.entries import gather, unwrap
-from polyak.errors import FileFormatError, MismatchError, listed, outside
+from polyak.errors import MismatchError, listed, outside
 from polyak.kernels import is_plain
 
 from .checkpoint import Checkpoint
@@ -44,22 +44,6 @@ class Material:
     decay: float | None = None
     config: Mapping[str, object] | None = None
     notes: list[str] = field(default_factory=list[str])
-
-
-def choose(checkpoint: Checkpoint, average: str | None) -> str:
-    """The name of the average to convert.
-
-    Raises:
-        FileFormatError: there is none, or there are several and none was chosen, or there is no such one.
-    """
-    names = list(checkpoint.averages)
-    if not names:
-        raise FileFormatError(f"{str(checkpoint.path)!r} has no average to convert, but only raw weights")
-    if average is not None and average not in names:
-        raise FileFormatError(f"average={average!r} is not in {str(checkpoint.path)!r}, which has {listed(names)}")
-    if average is None and len(names) > 1:
-        raise FileFormatError(f"{str(checkpoint.path)!r} has several averages, {listed(names)}; choose one by average=")
-    return names[0] if average is None else average
 
 
 class Maker:

@@ -12,15 +12,13 @@ from typing import BinaryIO, cast
 import torch
 from torch import Tensor
 
-from polyak.containers import SAFETENSORS_DTYPES
+from polyak.containers import CHECKSUM_DIGITS, CHECKSUMS, SAFETENSORS_DTYPES
 from polyak.errors import listed
 
 from .write import replacing
 
-CHECKSUMS = "polyak.checksums"
 # Older versions of torch lack some of them.
 _DTYPES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items() if hasattr(torch, name)}
-_CHECKSUM_DIGITS = 16
 _CHUNK = 1 << 24
 
 
@@ -43,7 +41,7 @@ def write_safetensors(
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
     """Writes what a safetensors file consists of to a file that is open."""
     # The header stands first and holds the checksums, so it is written a second time, with the same length.
-    checksums = dict.fromkeys(tensors, "0" * _CHECKSUM_DIGITS)
+    checksums = dict.fromkeys(tensors, "0" * CHECKSUM_DIGITS)
     file.write(_header(tensors, metadata=metadata, checksums=checksums))
     for name in _in_file_order(tensors):
         content = _content(tensors[name])
@@ -53,7 +51,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], *, metadata: Ma
             chunk = content[start : start + _CHUNK]
             digest.update(chunk)
             file.write(chunk)
-        checksums[name] = digest.hexdigest()[:_CHECKSUM_DIGITS]
+        checksums[name] = digest.hexdigest()[:CHECKSUM_DIGITS]
     file.seek(0)
     file.write(_header(tensors, metadata=metadata, checksums=checksums))
 
@@ -71,13 +69,8 @@ def num_file_bytes(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
     sparse = [name for name, tensor in tensors.items() if tensor.layout != torch.strided]
     if sparse:
         raise ValueError(f"the safetensors format has no sparse tensors, such as {listed(sparse)}; use to_dense()")
-    header = _header(tensors, metadata=metadata, checksums=dict.fromkeys(tensors, "0" * _CHECKSUM_DIGITS))
-    return len(header) + sum(map(num_tensor_bytes, tensors.values()))
-
-
-def num_tensor_bytes(tensor: Tensor) -> int:
-    """The bytes of a tensor's elements in a file."""
-    return tensor.numel() * tensor.element_size()
+    header = _header(tensors, metadata=metadata, checksums=dict.fromkeys(tensors, "0" * CHECKSUM_DIGITS))
+    return len(header) + sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
@@ -86,7 +79,7 @@ def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], check
     end = 0
     for name in _in_file_order(tensors):
         tensor = tensors[name]
-        start, end = end, end + num_tensor_bytes(tensor)
+        start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .safetensors_file import num_file_bytes, num_tensor_bytes, write_tensors
+from .safetensors_file import num_file_bytes, write_tensors
 from .write import flush, new_folder
 
 
@@ -60,12 +60,11 @@ def _split(tensors: Mapping[str, Tensor], *, max_bytes: int) -> list[dict[str, T
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
-        num_bytes = num_tensor_bytes(tensor)
-        if shards[-1] and filled + num_bytes > max_bytes:
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
             shards.append({})
             filled = 0
         shards[-1][name] = tensor
-        filled += num_bytes
+        filled += tensor.nbytes
     return shards
 
 
@@ -74,7 +73,7 @@ def _file_name(stem: str, number: int, *, of: int) -> str:
 
 
 def _index(names: list[str], shards: list[dict[str, Tensor]]) -> bytes:
-    total = sum(num_tensor_bytes(tensor) for shard in shards for tensor in shard.values())
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
     where = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": where}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

@@ -10,7 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from polyak.inspection import Account, Copy, Distance, Other, ProfileAccount, Verification
+from polyak.containers import Verification
+from polyak.inspection import Account, Copy, Distance, Other, ProfileAccount
 
 from .text import as_options, counted, inert, number, of_bytes, share
 

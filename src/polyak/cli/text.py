@@ -13,6 +13,7 @@ _OPTIONS = {
     "give model=": "give its model to polyak.convert()",
     "skip_objects=True": "--skip-objects",
     "run_pickled_code=True": "polyak.read(..., run_pickled_code=True)",
+    "average=, or of .averages": "--average",
     "average=": "--average",
     "config=": "--config",
     "decay=": "--decay",

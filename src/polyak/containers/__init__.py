@@ -1,5 +1,7 @@
 """How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
 
+from .folder import CONFIGURATION as CONFIGURATION
+from .folder import read_json as read_json
 from .objects import NO_PLAIN_TENSOR as NO_PLAIN_TENSOR
 from .opening import STATES as STATES
 from .opening import damaged as damaged
@@ -15,3 +17,7 @@ from .stored import Span as Span
 from .stored import Stored as Stored
 from .stored import dense_stride as dense_stride
 from .stored import leaves_of as leaves_of
+from .verification import CHECKSUM_DIGITS as CHECKSUM_DIGITS
+from .verification import CHECKSUMS as CHECKSUMS
+from .verification import Verification as Verification
+from .verification import verify as verify

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -16,6 +14,7 @@ from polyak.errors import FileFormatError
 from .objects import StorageOf, find, storage
 from .pickled import unpickle
 from .stored import ITEM_SIZES, Span
+from .window import Window
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -36,7 +35,7 @@ def is_legacy(start: bytes) -> bool:
 def read_archive(path: Path, *, skip_objects: bool, offset: int = 0, num_bytes: int | None = None) -> Any:
     """The content of a zip archive of `torch.save`, which may be a stretch of a larger file."""
     with path.open("rb") as file:
-        window = cast("BinaryIO", file if num_bytes is None else _Window(file, offset, num_bytes))
+        window = cast("BinaryIO", file if num_bytes is None else Window(file, offset, num_bytes))
         archive = zipfile.ZipFile(window)
         spans = _records(path, file, archive, offset=offset)
         roots = {name.partition("/")[0] for name in spans}
@@ -122,7 +121,7 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
         return found.get(str(key)) or declared.setdefault(str(key), StorageOf(known.dtype, Span(path, 0, num_bytes)))
 
     with path.open("rb") as opened:
-        file = cast("BinaryIO", _Window(opened, 0, size))
+        file = cast("BinaryIO", Window(opened, 0, size))
 
         def read() -> Any:
             return unpickle(file, find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent)
@@ -150,42 +149,3 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
             raise FileFormatError("is damaged: a storage is missing")
         file.seek(begin)
         return read()
-
-
-class _Window(io.RawIOBase):
-    """A stretch of a file as a file of its own. However many bytes are asked for, it takes memory for those it has."""
-
-    def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
-        self._file = file
-        self._offset = offset
-        self._num_bytes = num_bytes
-        self._place = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._num_bytes}[whence]
-        if base + offset < 0:
-            raise OSError("a place before the beginning")
-        self._place = base + offset
-        return self._place
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._take(size, self._file.read)
-
-    def readline(self, size: int | None = -1) -> bytes:
-        return self._take(size, self._file.readline)
-
-    def _take(self, size: int | None, function: Callable[[int], bytes]) -> bytes:
-        left = max(self._num_bytes - self._place, 0)
-        self._file.seek(self._offset + self._place)
-        data = function(left if size is None or size < 0 else min(size, left))
-        self._place += len(data)
-        return data

@@ -49,19 +49,27 @@ def read_json(path: Path) -> dict[str, Any]:
         FileFormatError: it holds none.
     """
     if path.stat().st_size > _MAX_JSON:
-        raise FileFormatError(f"has {path.name!r} of {path.stat().st_size:,} bytes, which no model needs")
+        raise FileFormatError(f"has {path.stat().st_size:,} bytes, which no model needs")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"has {path.name!r}, which is no JSON") from error
+        raise FileFormatError("is no JSON") from error
     if not isinstance(content, dict):
-        raise FileFormatError(f"has {path.name!r}, which holds no dictionary")
+        raise FileFormatError("holds no dictionary")
     return cast("dict[str, Any]", content)
+
+
+def read_json_inside(path: Path) -> dict[str, Any]:
+    """The same of a file in the folder that is read, whose name stands before what is wrong."""
+    try:
+        return read_json(path)
+    except FileFormatError as error:
+        raise FileFormatError(f"has {path.name!r}, which {error}") from error.__cause__
 
 
 def read_indexed(index: Path, read_file: Callable[[Path], dict[Any, Any]]) -> dict[Any, Any]:
     """The tensors of all files that an index names, after each was found where the index says that it is."""
-    places = read_json(index).get("weight_map")
+    places = read_json_inside(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise FileFormatError(f"has the index {index.name!r} without a weight_map")
     given = cast("dict[str, Any]", places)

@@ -12,7 +12,7 @@ from polyak.errors import FileFormatError
 
 from .archive import is_archive, is_legacy, read_archive, read_legacy
 from .distributed import INDEX, read_distributed
-from .folder import CONFIGURATION, read_indexed, read_json, weights_file
+from .folder import CONFIGURATION, read_indexed, read_json_inside, weights_file
 from .safetensors_file import is_safetensors, read_safetensors
 from .stored import Content
 
@@ -86,7 +86,7 @@ def _open_folder(folder: Path, skip_objects: bool) -> Content:
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
-    return read_json(folder / CONFIGURATION) if (folder / CONFIGURATION).is_file() else {}
+    return read_json_inside(folder / CONFIGURATION) if (folder / CONFIGURATION).is_file() else {}
 
 
 def _size(folder: Path) -> int:

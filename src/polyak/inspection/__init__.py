@@ -5,10 +5,6 @@ from .account import Copy as Copy
 from .account import Distance as Distance
 from .account import NonFinite as NonFinite
 from .account import Other as Other
-from .account import Problem as Problem
 from .account import ProfileAccount as ProfileAccount
-from .account import Reading as Reading
-from .account import Verification as Verification
 from .account import plain as plain
-from .inspecting import BUDGET as BUDGET
 from .inspecting import inspect as inspect

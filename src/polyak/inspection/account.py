@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from polyak.containers import Verification
+
 _MAX_INTEGER = 1 << 63
 
 
@@ -110,32 +112,6 @@ class Reading:
     def is_exact(self) -> bool:
         """Whether everything was looked at."""
         return self.num_numbers == self.num_read
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A record or tensor whose bytes are not those that were written."""
-
-    file: str
-    record: str
-    problem: str
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What the checksums in the files say.
-
-    Attributes:
-        num_fitting: records and tensors whose bytes fit their checksums.
-        num_bytes: of these.
-        problems: those whose bytes do not, and what else is wrong.
-        notes: what could not be checked.
-    """
-
-    num_fitting: int
-    num_bytes: int
-    problems: tuple[Problem, ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

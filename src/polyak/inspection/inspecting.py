@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from polyak.containers import Leaf, leaves_of
+from polyak.containers import verify as verify_files
 from polyak.errors import listed
 from polyak.layouts import Found
 
-from .account import Account, Copy, Reading, Verification
-from .checking import verify as verify_files
+from .account import Account, Copy, Reading
 from .comparing import is_looked_at, look, rows
 from .contents import Contents
 from .distances import distances, nonfinite
@@ -64,7 +64,7 @@ def inspect(
     step = None if progress is None else _Progress(progress, whole).add
     with Files(in_order=verify or total <= budget) as files:
         look(files, compared, raw=raw, budget=None if verify else budget, progress=step)
-    verification: Verification | None = verify_files(paths, progress=step) if verify else None
+    verification = verify_files(paths, progress=step) if verify else None
     if progress is not None:
         progress(whole, whole)
     half_life, mean_age = ages_of_decay(found.decay)

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from polyak.containers import Stored, open_content
+from .archive import is_archive, is_legacy
+from .opening import open_content
+from .safetensors_file import is_safetensors
+from .stored import Stored
+from .window import Window
 
-from .account import Problem, Verification
-
+# In the metadata of a safetensors file: the first digits of the SHA-256 of each tensor's bytes, by name.
 CHECKSUMS = "polyak.checksums"
+CHECKSUM_DIGITS = 16
 _CHUNK = 1 << 16
-_DIGITS = 16
+_START = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A record or tensor whose bytes are not those that were written; no record where the whole file is wrong."""
+
+    file: str
+    record: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the record {self.record!r}: {self.problem}" if self.record else self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What the checksums in the files say.
+
+    Attributes:
+        num_fitting: records and tensors whose bytes fit their checksums.
+        num_bytes: of these.
+        problems: those whose bytes do not, and what else is wrong.
+        notes: what could not be checked.
+    """
+
+    num_fitting: int
+    num_bytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
 
 
 def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = None) -> Verification:
@@ -37,13 +71,15 @@ def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = No
     notes: list[str] = []
     for path in paths:
         with path.open("rb") as file:
-            start = file.read(9)
-        if start[:4] == b"PK\x03\x04":
+            start = file.read(_START)
+        if is_archive(start):
             results = _archive(path, tell)
-        elif start[8:] == b"{":
+        elif is_safetensors(start):
             results = _safetensors(path, tell)
-        else:
+        elif is_legacy(start):
             results = iter([f"{path.name!r} has no checksums"])
+        else:
+            results = iter([Problem(path.name, "", f"{_NONE} (it does not begin as such a file)")])
         for result in results:
             if isinstance(result, str):
                 notes.append(result)
@@ -55,6 +91,7 @@ def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = No
     return Verification(num_fitting, num_bytes, tuple(problems), tuple(notes))
 
 
+_NONE = "it is cut off, its list of records is wrong, or torch.save did not write it"
 # Each of these yields the bytes of every record that fits, a problem for every other one, and notes.
 _Results = Iterator["int | Problem | str"]
 
@@ -65,12 +102,12 @@ def _archive(path: Path, tell: Callable[[int], None]) -> _Results:
     with path.open("rb") as file:
         end, last = path.stat().st_size, math.inf
         while 0 < end < last and (several or last == math.inf):
-            window = cast("BinaryIO", io.BufferedReader(_Window(file, end), _CHUNK))
             try:
-                archive = zipfile.ZipFile(window)
+                archive = zipfile.ZipFile(cast("BinaryIO", Window(file, 0, end)))
                 records = archive.infolist()
-            except zipfile.BadZipFile as error:
-                yield Problem(path.name, f"before byte {end:,}", f"is no archive: {error}")
+            except Exception as error:
+                _raise_if_of_system(error)
+                yield Problem(path.name, f"before byte {end:,}" if several else "", f"{_NONE} ({str(error)[:200]})")
                 return
             last, end = end, min((record.header_offset for record in records), default=0)
             if any(record.CRC for record in records) or not any(record.file_size for record in records):
@@ -91,9 +128,16 @@ def _records(
                 while data := stream.read(_CHUNK):
                     tell(len(data))
             yield record.file_size
-        except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:
+            _raise_if_of_system(error)
             differs = str(error).startswith("Bad CRC-32")
             yield Problem(path.name, record.filename, "its bytes do not fit its CRC32" if differs else str(error)[:200])
+
+
+def _raise_if_of_system(error: Exception) -> None:
+    """Passes on what the system says: zipfile itself raises whatever a damaged byte leads it to, at a seek too."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
 
 
 def _safetensors(path: Path, tell: Callable[[int], None]) -> _Results:
@@ -129,37 +173,8 @@ def _digest(file: io.FileIO, stored: Stored, tell: Callable[[int], None]) -> str
         digest.update(data)
         tell(len(data))
         left -= len(data)
-    return digest.hexdigest()[:_DIGITS]
+    return digest.hexdigest()[:CHECKSUM_DIGITS]
 
 
 def _nothing(_: int) -> None:
     pass
-
-
-class _Window(io.RawIOBase):
-    """The beginning of a file as a file of its own."""
-
-    def __init__(self, file: BinaryIO, num_bytes: int) -> None:
-        self._file = file
-        self._num_bytes = num_bytes
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._num_bytes}[whence]
-        if place < 0:
-            raise OSError("a place before the beginning")
-        self._place = place
-        return place
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._place)
-        data = self._file.read(max(min(len(buffer), self._num_bytes - self._place), 0))
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
