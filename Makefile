@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt --editable
+# timm without what it requires: tests and benchmarks need a few files of it, and torchvision is large.
+TIMM := $(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
 
 .PHONY: demo test check bench fuzz crashtest format clean
 
@@ -45,10 +47,10 @@ clean:
 
 .venv/all-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
 	$(INSTALL) '.[demo,dev]'
+	$(TIMM)
 	touch $@
 
-# timm without what it requires: the benchmarks need one file of it, and torchvision is large.
 .venv/bench-is-installed: .venv/bin/python pyproject.toml setup.py $(wildcard src/polyak/kernels/native/*.[ch]) constraints.txt
 	$(INSTALL) '.[bench]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm
+	$(TIMM)
 	touch $@

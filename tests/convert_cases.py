@@ -123,7 +123,7 @@ def timm_file(*parts):
     """A file of timm by itself: `import timm` needs torchvision, which has nothing to do with averages."""
     found = find_spec("timm")
     if found is None:
-        pytest.skip("timm is not installed; `make bench` installs it")
+        pytest.skip("timm is not installed; `make test` installs it")
     path = Path(found.submodule_search_locations[0]).joinpath(*parts)
     specification = spec_from_file_location(f"timm_{path.stem}", path)
     module = module_from_spec(specification)

@@ -18,11 +18,6 @@ class Reduced:
         return self.call
 
 
-def dump(value, protocol=2):
-    """A pickle whose references to functions may be given as `Named`, without there being such functions."""
-    return pickle.dumps(value, protocol=protocol)
-
-
 def called(name, *arguments):
     """The operations that call a function by name, as bytes to be put into a pickle."""
     module, _, function = name.rpartition(".")

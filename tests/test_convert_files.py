@@ -28,7 +28,7 @@ def test_from_each_layout_to_each_other(source, to, tmp_path):
     case = cases.CASES[source](tmp_path)
     output, config = tmp_path / cases.TARGETS[to], cases.config(tmp_path)
     done = polyak.convert(case.path, output, to=to, model=case.model, config=config)
-    assert (done.path, done.to, done.source, done.average) == (output, to, case.path, "average")
+    assert (done.path, done.to, done.input, done.average) == (output, to, case.path, "average")
     found = polyak.read(output, model=case.model)
     expected = {"safetensors": "polyak" if source == "export" else "plain"}.get(to, to)
     assert found.format == expected

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 
 from crash import disk
+from crash.power import Careless
 from crash.private import CannotMount
+from crash.versions import KINDS
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked and killed by signals")
 
 
-@pytest.mark.protects
-def test_nothing_is_lost():
-    # As `make crashtest` calls it, from the folder of the repository.
+@pytest.fixture(scope="module")
+def told():
+    """What `make crashtest` prints, called as it calls it, from the folder of the repository."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.crash", "--kills", "10", "--cuts", "2"],
         cwd=Path(__file__).parents[1],
@@ -27,11 +29,26 @@ def test_nothing_is_lost():
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = {what: int(count) for count, what in re.findall(r"^ +(\d+) (.+)$", done.stdout, re.MULTILINE)}
+    assert "LOST" not in done.stdout
+    return done.stdout
+
+
+@pytest.mark.protects
+def test_nothing_is_lost(told):
+    assert "kill -9: nothing lost" in told
+    counts = {what: int(count) for count, what in re.findall(r"^ +(\d+) (.+)$", told, re.MULTILINE)}
     assert counts["kills"] >= 10
     assert counts["in the middle of a save"] > 0
     assert counts["lost"] == counts["half-written"] == counts["failed writers"] == counts["leftovers that stayed"] == 0
-    assert "LOST" not in done.stdout
+
+
+@pytest.mark.protects
+def test_nothing_is_lost_with_the_power(told):
+    skipped = re.search("the power is cut: skipped, because (.+)", told)
+    if skipped is not None:
+        pytest.skip(f"no disk can be mounted: {skipped[1]}")
+    cuts = re.findall(r"^  (\S+): 2 cuts", told.partition("the power is cut: nothing lost")[2], re.MULTILINE)
+    assert cuts == [*(kind.name for kind in KINDS), Careless.name]
 
 
 @pytest.fixture(scope="module")

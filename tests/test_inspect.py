@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import polyak
-from polyak.containers import Between, Pieced, Span, Stored, dense_stride
+from polyak.containers import Between, Pieced, Span, Stored
+from polyak.containers.stored import dense_stride
 from polyak.inspection import inspect, plain
 from polyak.inspection.decoding import DTYPES, decode, raw_type
 from polyak.inspection.reading import Files
@@ -62,19 +63,19 @@ def test_files_of_libraries(name):
         checkpoint.counters,
         checkpoint.decay,
     )
-    copies = {copy.name: copy for copy in account.copies}
+    sets = {copy.name: copy for copy in account.sets}
     expected = dict(checkpoint.averages)
     if checkpoint.raw_weights is not None:
         expected["raw"] = checkpoint.raw_weights
-    assert copies.keys() == expected.keys()
+    assert sets.keys() == expected.keys()
     for key, tensors in expected.items():
-        assert copies[key].num_tensors == len(tensors)
-        assert sum(copies[key].dtypes.values()) == copies[key].num_distinct <= len(tensors)
-        assert copies[key].where or copies[key].files
-        assert copies[key].is_average == (key != "raw")
+        assert sets[key].num_tensors == len(tensors)
+        assert sum(sets[key].dtypes.values()) == sets[key].num_distinct <= len(tensors)
+        assert sets[key].where or sets[key].files
+        assert sets[key].is_average == (key != "raw")
     for each in account.distances:
         average, raw = expected[each.average], expected["raw"]
-        again = {key for copy in copies.values() for tie in copy.ties for key in tie[1:]}
+        again = {key for copy in sets.values() for tie in copy.ties for key in tie[1:]}
         inside = [key for key in raw if key in average and key not in again]
         inside = [key for key in inside if each.module is None or key.startswith(f"{each.module}.")]
         measured = relative({key: average[key] for key in inside}, {key: raw[key] for key in inside})
@@ -113,16 +114,16 @@ class TestDtypes:
         account = account_of(save(tmp_path / "x.pth", raw, average))
         expected = relative(average, {name: tensor.to(torch.complex128) for name, tensor in raw.items()})
         assert overall(account).relative == pytest.approx(expected, rel=1e-12)
-        assert account.copies[1].dtypes == {dtype: 4}
+        assert account.sets[1].dtypes == {dtype: 4}
 
     def test_integers_count_for_nothing(self, tmp_path):
         raw = {**weights(), "steps": torch.tensor(3), "mask": torch.ones(4, dtype=torch.bool)}
         average = {**raw, "steps": torch.tensor(99)}
         account = account_of(save(tmp_path / "x.pth", raw, average))
         assert overall(account).relative == 0
-        assert account.copies[0].num_numbers == sum(tensor.numel() for tensor in weights().values())
-        assert account.copies[0].dtypes == {"float32": 4, "int64": 1, "bool": 1}
-        assert account.copies[0].num_bytes == 4 * account.copies[0].num_numbers + 8 + 4
+        assert account.sets[0].num_numbers == sum(tensor.numel() for tensor in weights().values())
+        assert account.sets[0].dtypes == {"float32": 4, "int64": 1, "bool": 1}
+        assert account.sets[0].num_bytes == 4 * account.sets[0].num_numbers + 8 + 4
 
 
 class TestDistances:
@@ -199,7 +200,7 @@ class TestReading:
         raw = {"large": torch.randn(1_000_000), "small": torch.randn(10)}
         raw["small"][-1] = math.nan
         account = account_of(save(tmp_path / "x.pth", raw, raw), budget=1 << 16)
-        assert [(each.name, each.copy) for each in account.nonfinite] == [("small", "average"), ("small", "raw")]
+        assert [(each.name, each.weights) for each in account.nonfinite] == [("small", "average"), ("small", "raw")]
 
     def test_all_is_read_to_verify(self, tmp_path):
         raw = {"a.w": torch.randn(500_000)}
@@ -257,7 +258,7 @@ class TestNonFinite:
         average["head.weight"] = average["head.weight"].to(torch.complex64)
         average["head.weight"][0, 0] = complex(0, math.inf)
         account = account_of(save(tmp_path / "x.pth", raw, average))
-        found = {(each.copy, each.name): (each.num_nan, each.num_infinite) for each in account.nonfinite}
+        found = {(each.weights, each.name): (each.num_nan, each.num_infinite) for each in account.nonfinite}
         assert found == {
             ("raw", "stem.weight"): (27, 0),
             ("raw", "stem.bias"): (0, 2),
@@ -274,7 +275,7 @@ class TestContents:
         model.register_buffer("empty", torch.zeros(0))
         model.register_buffer("nothing", torch.zeros(0))
         account = account_of(save(tmp_path / "x.pth", model.state_dict(), model.state_dict()))
-        for copy in account.copies:
+        for copy in account.sets:
             assert copy.ties == (("a.weight", "c.weight"),)
             assert (copy.num_tensors, copy.num_numbers) == (8, 2 * 16 + 3 * 4)
 
@@ -288,7 +289,7 @@ class TestContents:
             "rng": None,
         }
         account = account_of(save(tmp_path / "x.pth", weights(), weights(1), **others))
-        assert [copy.where for copy in account.copies] == [("state_dict_ema/*",), ("state_dict/*",)]
+        assert [copy.where for copy in account.sets] == [("state_dict_ema/*",), ("state_dict/*",)]
         assert account.counters == {"epoch": 4}
         found = {each.name: (each.kind, each.num_tensors, each.num_bytes) for each in account.others}
         assert found == {
@@ -304,7 +305,7 @@ class TestContents:
         }
         save_file({**tensors, "other.x": torch.ones(2), "initted": torch.tensor(True)}, tmp_path / "x.safetensors")
         account = account_of(tmp_path / "x.safetensors")
-        assert [copy.where for copy in account.copies] == [("ema_model.*",), ("online_model.*",)]
+        assert [copy.where for copy in account.sets] == [("ema_model.*",), ("online_model.*",)]
         assert [(each.name, each.num_bytes) for each in account.others] == [("other.*", 8), ("initted", 1)]
 
     def test_how_it_was_made(self, tmp_path):

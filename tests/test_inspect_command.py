@@ -71,7 +71,7 @@ class TestPrinted:
         assert told["path"] == str(checkpoint)
         assert (told["kind"], told["format"], told["writer"]) == ("torch", "timm", "timm CheckpointSaver")
         assert told["num_bytes"] == checkpoint.stat().st_size
-        assert told["copies"][0] == {
+        assert told["sets"][0] == {
             "name": "average",
             "is_average": True,
             "where": ["state_dict_ema/*"],

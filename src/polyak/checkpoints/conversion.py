@@ -13,7 +13,7 @@ class Conversion:
     Attributes:
         path: what was written.
         to: its layout.
-        source: what was read.
+        input: what was read.
         format: its layout.
         average: the name that the average has there.
         num_tensors: of the average, in what was written.
@@ -23,7 +23,7 @@ class Conversion:
 
     path: Path
     to: str
-    source: Path
+    input: Path
     format: str
     average: str
     num_tensors: int
@@ -32,5 +32,5 @@ class Conversion:
 
     def __str__(self) -> str:
         size = f"{self.num_tensors} tensors, {self.num_bytes:,} bytes"
-        lines = [f"{self.source}: {self.format}, average {self.average!r}", f"{self.path}: {self.to}, {size}"]
+        lines = [f"{self.input}: {self.format}, average {self.average!r}", f"{self.path}: {self.to}, {size}"]
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])

@@ -88,7 +88,7 @@ def convert(
     configuration = _configuration(path, config) if layout.kind == "folder" else None
     checkpoint, prefix = _read(path, format=format, model=model, names=names, skip_objects=skip_objects)
     chosen = checkpoint.choose(average)
-    _check_is_no_source(checkpoint, output)
+    _check_is_not_read(checkpoint, output)
     if "names" in checkpoint.missing and not layout.is_positional:
         raise MismatchError(
             f"the tensors in {os.fspath(path)!r} have no names, but positions: give model=, or names= in the order of "
@@ -135,7 +135,7 @@ def convert(
     return Conversion(
         path=Path(output),
         to=to,
-        source=Path(path),
+        input=Path(path),
         format=checkpoint.format,
         average=chosen,
         num_tensors=len(written),
@@ -178,7 +178,7 @@ def _check(
     return layout
 
 
-def _check_is_no_source(checkpoint: Checkpoint, output: str | os.PathLike[str]) -> None:
+def _check_is_not_read(checkpoint: Checkpoint, output: str | os.PathLike[str]) -> None:
     """Raises where tensors come from the output itself, such as the raw weights that lie beside an average."""
     sets = [*checkpoint.averages.values(), *filter(None, [checkpoint.raw_weights])]
     files = {stored.span.path for tensors in sets for name in tensors for stored in leaves_of(tensors.leaf(name))}

@@ -68,36 +68,32 @@ def temporary_folder(target: Path) -> Generator[Path, None, None]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_leftovers(target: Path) -> list[str]:
-    """Removes what killed writers of `target` left behind, and gives the names; what is being written stays.
+def remove_leftovers(target: Path) -> None:
+    """Removes what killed writers of `target` left behind; what is being written stays.
 
     Where files cannot be locked, on Windows and on some network file systems, leftovers stay.
     """
-    removed: list[str] = []
     # No save fails because there is something that cannot be tidied up.
     with suppress(OSError):
         prefix = _prefix(target)
         for entry in os.scandir(target.parent):
             if entry.name.startswith(prefix) and entry.name.endswith(_ENDING):
                 with suppress(OSError):
-                    if _remove_if_dead(Path(entry.path), is_folder=entry.is_dir(follow_symlinks=False)):
-                        removed.append(entry.name)
-    return removed
+                    _remove_if_dead(Path(entry.path), is_folder=entry.is_dir(follow_symlinks=False))
 
 
-def _remove_if_dead(path: Path, *, is_folder: bool) -> bool:
+def _remove_if_dead(path: Path, *, is_folder: bool) -> None:
     if sys.platform == "win32" or not (is_folder or path.is_file()):
-        return False
+        return
     # NFS gives a lock for a file that is open for writing only, and a folder cannot be.
     descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         if not _lock(descriptor, wait=False):
-            return False
+            return
         if is_folder:
             shutil.rmtree(path)
         else:
             path.unlink()
-        return True
     finally:
         os.close(descriptor)
 

@@ -5,16 +5,12 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Span, Stored
 from polyak.errors import FileFormatError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 class Pages:
@@ -101,10 +97,6 @@ class Tensors(Mapping[str, Tensor]):
     def leaf(self, name: str) -> Leaf:
         """What is known about a tensor without reading it: dtype, shape, place in the file."""
         return self._leaves[name]
-
-    def select(self, chosen: Callable[[str], bool]) -> Tensors:
-        """Those whose names are chosen."""
-        return Tensors({name: leaf for name, leaf in self._leaves.items() if chosen(name)}, self._pages)
 
 
 def _dtype(name: str) -> torch.dtype:

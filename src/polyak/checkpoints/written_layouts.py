@@ -29,7 +29,6 @@ class Written:
 
     Attributes:
         name: what `to=` takes; polyak.read() finds the file to be of the layout of this name.
-        reader: the library and what of it reads such files.
         kind: of file.
         content: what is in it: a dictionary for torch.save, or tensors by name.
         about: texts for the metadata of safetensors, or a configuration for the folder.
@@ -39,7 +38,6 @@ class Written:
     """
 
     name: str
-    reader: str
     kind: Literal["torch", "safetensors", "folder"]
     content: Callable[[Material], dict[str, Any]]
     about: Callable[[Material], Mapping[str, Any] | None] | None = None
@@ -199,33 +197,27 @@ WRITTEN: Mapping[str, Written] = {
     for row in (
         Written(
             name="safetensors",
-            reader="any library, as one file of safetensors",
             kind="safetensors",
             content=_bare,
             about=_export_metadata,
         ),
-        Written(name="plain", reader="any library, by torch.load(weights_only=True)", kind="torch", content=_bare),
-        Written(
-            name="huggingface", reader="transformers from_pretrained()", kind="folder", content=_untied, about=_config
-        ),
+        Written(name="plain", kind="torch", content=_bare),
+        Written(name="huggingface", kind="folder", content=_untied, about=_config),
         Written(
             name="timm",
-            reader="timm load_checkpoint(), resume_checkpoint()",
             kind="torch",
             content=_timm,
             keeps=frozenset({"raw"}),
         ),
-        Written(name="torch", reader="torch AveragedModel", kind="torch", content=_torch, keeps=_UPDATES),
+        Written(name="torch", kind="torch", content=_torch, keeps=_UPDATES),
         Written(
             name="ema-pytorch",
-            reader="ema-pytorch EMA, with its online model",
             kind="torch",
             content=_ema_pytorch,
             keeps=_UPDATES | {"raw"},
         ),
         Written(
             name="torch-ema",
-            reader="torch_ema ExponentialMovingAverage",
             kind="torch",
             content=_torch_ema,
             is_positional=True,
@@ -233,7 +225,6 @@ WRITTEN: Mapping[str, Written] = {
         ),
         Written(
             name="diffusers",
-            reader="diffusers EMAModel.from_pretrained()",
             kind="folder",
             content=_bare,
             about=_diffusers_config,
@@ -242,7 +233,6 @@ WRITTEN: Mapping[str, Written] = {
         ),
         Written(
             name="lightning",
-            reader="Lightning Trainer.fit(ckpt_path=), with EMAWeightAveraging",
             kind="torch",
             content=_lightning,
             keeps=_UPDATES | {"raw"},

@@ -18,7 +18,7 @@ _MAX_LINE = 400
 
 
 def convert(
-    source: Annotated[
+    input: Annotated[
         Path, typer.Argument(metavar="IN", help="A file or folder that any library wrote.", show_default=False)
     ],
     output: Annotated[
@@ -78,7 +78,7 @@ def convert(
         raise typer.BadParameter(f"{dtype!r} is no dtype; take bfloat16, float16 or float32", param_hint="--dtype")
     try:
         done = convert_file(
-            source,
+            input,
             output,
             to=to,
             average=average,

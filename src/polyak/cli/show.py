@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polyak.containers import Verification
-from polyak.inspection import Account, Copy, Distance, Other, ProfileAccount
+from polyak.inspection import Account, Distance, Other, ProfileAccount, WeightSet
 
 from .text import as_options, counted, inert, number, of_bytes, share
 
@@ -24,8 +24,8 @@ def show(account: Account, console: Console) -> None:
     """Prints an account."""
     about = f"{account.format}: {account.writer}, {of_bytes(account.num_bytes)}"
     console.print(Text.assemble((inert(account.path, limit=200), "bold"), "\n", about))
-    heads = ("copy", "where", "tensors", "numbers", "bytes", "dtypes")
-    console.print(_table(heads, [_copy(copy) for copy in account.copies]))
+    heads = ("weights", "where", "tensors", "numbers", "bytes", "dtypes")
+    console.print(_table(heads, [_set(each) for each in account.sets]))
     console.print(Padding(_facts(account), (0, 0, 1, 1), expand=False))
     if account.distances:
         _show_distances(account.distances, console)
@@ -52,17 +52,17 @@ def _some(texts: Iterable[str], separator: str = ", ") -> str:
     return separator.join([*given[:_MAX_NAMES], *([f"and {rest:,} more"] if rest > 0 else [])])
 
 
-def _copy(copy: Copy) -> tuple[str, ...]:
-    tensors = f"{copy.num_tensors:,}"
-    if copy.num_distinct != copy.num_tensors:
-        tensors += f" ({copy.num_distinct:,} distinct)"
+def _set(given: WeightSet) -> tuple[str, ...]:
+    tensors = f"{given.num_tensors:,}"
+    if given.num_distinct != given.num_tensors:
+        tensors += f" ({given.num_distinct:,} distinct)"
     return (
-        inert(copy.name),
-        _some(map(inert, copy.where or copy.files), "\n"),
+        inert(given.name),
+        _some(map(inert, given.where or given.files), "\n"),
         tensors,
-        f"{copy.num_numbers:,}",
-        of_bytes(copy.num_bytes),
-        ", ".join(f"{dtype} {count:,}" for dtype, count in copy.dtypes.items()),
+        f"{given.num_numbers:,}",
+        of_bytes(given.num_bytes),
+        ", ".join(f"{dtype} {count:,}" for dtype, count in given.dtypes.items()),
     )
 
 
@@ -76,8 +76,8 @@ def _facts(account: Account) -> Table:
         "decay": "" if account.decay is None else f"{account.decay!r}{_ages(account)}",
         "profile": _some((_profile(each, several=len(account.profiles) > 1) for each in account.profiles), "\n"),
         **{
-            f"ties in {inert(copy.name)}": _some((_some(map(inert, tie), " = ") for tie in copy.ties), "\n")
-            for copy in account.copies
+            f"ties in {inert(each.name)}": _some((_some(map(inert, tie), " = ") for tie in each.ties), "\n")
+            for each in account.sets
         },
         "missing": _some(map(inert, account.missing)),
         "notes": "\n".join(inert(as_options(note), limit=400) for note in account.notes),
@@ -138,10 +138,10 @@ def _show_nonfinite(account: Account, console: Console) -> None:
         return
     console.print(Text(f" numbers that are not finite{among}"))
     rows = [
-        (inert(each.copy), inert(each.name), f"{each.num_nan:,}", f"{each.num_infinite:,}")
+        (inert(each.weights), inert(each.name), f"{each.num_nan:,}", f"{each.num_infinite:,}")
         for each in account.nonfinite
     ]
-    console.print(_table(("copy", "tensor", "NaN", "infinite"), rows))
+    console.print(_table(("weights", "tensor", "NaN", "infinite"), rows))
 
 
 def _show_verification(verification: Verification, console: Console) -> None:

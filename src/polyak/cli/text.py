@@ -17,7 +17,6 @@ _OPTIONS = {
     "average=": "--average",
     "config=": "--config",
     "decay=": "--decay",
-    "format='": "--format '",
     "format=": "--format",
     "to=": "--to",
     "names=": "--names",

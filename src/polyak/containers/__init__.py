@@ -15,7 +15,6 @@ from .stored import Pieced as Pieced
 from .stored import Record as Record
 from .stored import Span as Span
 from .stored import Stored as Stored
-from .stored import dense_stride as dense_stride
 from .stored import leaves_of as leaves_of
 from .verification import CHECKSUM_DIGITS as CHECKSUM_DIGITS
 from .verification import CHECKSUMS as CHECKSUMS

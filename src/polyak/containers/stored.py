@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -45,11 +45,6 @@ class Stored:
     def num_bytes(self) -> int:
         """Bytes of the tensor, when it is by itself."""
         return math.prod(self.shape) * ITEM_SIZES[self.dtype]
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether its numbers lie one after the other."""
-        return math.prod(self.shape) < 2 or self.stride == dense_stride(self.shape, like=self.stride)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +112,12 @@ class Content:
     path: Path
     kind: str
     tree: dict[Any, Any]
-    about: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    num_bytes: int = 0
+    about: Mapping[str, Any]
+    num_bytes: int
 
 
-def dense_stride(shape: tuple[int, ...], *, like: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The stride of a tensor whose numbers lie in order; where a dimension is 1, that of `like`, for it never counts.
+def dense_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of a tensor whose numbers lie in order.
 
     Example:
         >>> dense_stride((2, 3, 4))
@@ -130,14 +125,12 @@ def dense_stride(shape: tuple[int, ...], *, like: tuple[int, ...] | None = None)
     """
     stride, step = [0] * len(shape), 1
     for dimension in reversed(range(len(shape))):
-        stride[dimension] = like[dimension] if like is not None and shape[dimension] == 1 else step
+        stride[dimension] = step
         step *= max(shape[dimension], 1)
     return tuple(stride)
 
 
-def stored(
-    dtype: object, shape: object, stride: object, start: object, span: Span, *, what: str = "a tensor"
-) -> Stored:
+def stored(dtype: object, shape: object, stride: object, start: object, span: Span) -> Stored:
     """A tensor as a file describes it, once that is known to lie within its storage and to take no absurd memory.
 
     Raises:
@@ -146,7 +139,7 @@ def stored(
     sizes, steps = _counts(shape), _counts(stride)
     right = isinstance(dtype, str) and dtype in ITEM_SIZES and type(start) is int and start >= 0
     if not right or sizes is None or steps is None or len(sizes) != len(steps) or len(sizes) > _MAX_DIMENSIONS:
-        raise FileFormatError(f"is damaged: {what} in it has an impossible form")
+        raise FileFormatError("is damaged: a tensor in it has an impossible form")
     assert isinstance(dtype, str)
     assert isinstance(start, int)
     size = ITEM_SIZES[dtype]
@@ -154,15 +147,15 @@ def stored(
         last = start + sum((count - 1) * step for count, step in zip(sizes, steps, strict=True))
         if (last + 1) * size > span.num_bytes:
             raise FileFormatError(
-                f"is damaged: {what} in it reaches byte {(last + 1) * size:,} of a storage of {span.num_bytes:,}"
+                f"is damaged: a tensor in it reaches byte {(last + 1) * size:,} of a storage of {span.num_bytes:,}"
             )
         # A stride of 0 makes a tensor of any size out of one number.
         if math.prod(sizes) * size > max(16 * span.num_bytes, _MAX_REPEATED):
             raise FileFormatError(
-                f"is not read: {what} in it repeats {span.num_bytes:,} bytes to fill {math.prod(sizes) * size:,}"
+                f"is not read: a tensor in it repeats {span.num_bytes:,} bytes to fill {math.prod(sizes) * size:,}"
             )
     elif max(sizes, default=0) > 1 << 62:
-        raise FileFormatError(f"is damaged: {what} in it has an impossible form")
+        raise FileFormatError("is damaged: a tensor in it has an impossible form")
     return Stored(dtype, sizes, steps, start, span)
 
 

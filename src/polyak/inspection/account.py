@@ -12,7 +12,7 @@ _MAX_INTEGER = 1 << 63
 
 
 @dataclass(frozen=True, slots=True)
-class Copy:
+class WeightSet:
     """One average, or the weights that are trained.
 
     Attributes:
@@ -77,10 +77,10 @@ class Distance:
 
 
 @dataclass(frozen=True, slots=True)
-class NonFinite:
+class NonFiniteTensor:
     """A tensor with numbers that are none, among those that were read."""
 
-    copy: str
+    weights: str
     name: str
     num_nan: int
     num_infinite: int
@@ -124,7 +124,7 @@ class Account:
         format: the name of its layout.
         writer: the library that writes such files.
         num_bytes: of the file or folder.
-        copies: the averages, and last the weights that are trained, where they are there.
+        sets: the averages, and last the weights that are trained, where they are there.
         counters: how far the training was.
         decay: of the average, where the file says it.
         half_life: in updates, of that decay.
@@ -145,7 +145,7 @@ class Account:
     format: str
     writer: str
     num_bytes: int
-    copies: tuple[Copy, ...]
+    sets: tuple[WeightSet, ...]
     counters: dict[str, int | float]
     decay: float | None
     half_life: float | None
@@ -157,7 +157,7 @@ class Account:
     metadata: tuple[str, ...]
     reading: Reading
     distances: tuple[Distance, ...]
-    nonfinite: tuple[NonFinite, ...]
+    nonfinite: tuple[NonFiniteTensor, ...]
     verification: Verification | None
 
 

@@ -22,15 +22,15 @@ _CHUNK = 1 << 14
 
 @dataclass(slots=True)
 class Row:
-    """Tensors of one name and shape in several copies, and what is summed over their numbers.
+    """Tensors of one name and shape in several sets of weights, and what is summed over their numbers.
 
     Attributes:
         name: the first of its names.
-        leaves: by copy.
+        leaves: by set.
         num_numbers: of one of them.
         num_read: how many of these were read.
-        squares: sums of squares over what was read, by copy; of a copy that is compared, those of the difference.
-        nonfinite: how many numbers are NaN, and how many infinite, by copy.
+        squares: sums of squares over what was read, by set; of a set that is compared, those of the difference.
+        nonfinite: how many numbers are NaN, and how many infinite, by set.
     """
 
     name: str
@@ -45,9 +45,9 @@ class Row:
         """What reading all of it takes."""
         return self.num_numbers * sum(item_bytes(leaf) for leaf in dict.fromkeys(self.leaves.values()))
 
-    def scaled(self, copy: str) -> float:
+    def scaled(self, key: str) -> float:
         """The sum of squares over all of the tensor, as far as one can tell from what was read."""
-        return self.squares[copy] * (self.num_numbers / self.num_read)
+        return self.squares[key] * (self.num_numbers / self.num_read)
 
 
 def is_looked_at(leaf: Leaf) -> bool:
@@ -55,14 +55,14 @@ def is_looked_at(leaf: Leaf) -> bool:
     return leaf.dtype in DTYPES and math.prod(leaf.shape) > 0
 
 
-def rows(copies: Mapping[str, Mapping[str, Leaf]]) -> list[Row]:
+def rows(sets: Mapping[str, Mapping[str, Leaf]]) -> list[Row]:
     """What there is to read, by name; tensors with several names once."""
     found: dict[tuple[tuple[str, Leaf], ...], Row] = {}
-    for name in dict.fromkeys(name for copy in copies.values() for name in copy):
+    for name in dict.fromkeys(name for tensors in sets.values() for name in tensors):
         by_shape: dict[tuple[int, ...], dict[str, Leaf]] = {}
-        for key, copy in copies.items():
-            if name in copy and is_looked_at(copy[name]):
-                by_shape.setdefault(copy[name].shape, {})[key] = copy[name]
+        for key, tensors in sets.items():
+            if name in tensors and is_looked_at(tensors[name]):
+                by_shape.setdefault(tensors[name].shape, {})[key] = tensors[name]
         for shape, leaves in by_shape.items():
             found.setdefault(tuple(leaves.items()), Row(name, leaves, math.prod(shape)))
     return list(found.values())
@@ -76,7 +76,7 @@ def look(
     Args:
         files: reads them.
         given: the rows.
-        raw: the copy that the others are compared with.
+        raw: the set that the others are compared with.
         budget: bytes that are read at most, about; None for all.
         progress: told how many bytes more were read.
     """

@@ -1,4 +1,4 @@
-"""Where in a file the tensors of a copy are, and what else is in it."""
+"""Where in a file the tensors of an average are, and what else is in it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Contents:
         return [leaf for top in self._tops for leaf in top.leaves]
 
     def where(self, tensors: Mapping[str, Leaf]) -> tuple[str, ...]:
-        """The places of a copy's tensors, in the words of the table of layouts: "state_dict_ema/*", "model.*"."""
+        """The places of tensors, in the words of the table of layouts: "state_dict_ema/*", "model.*"."""
         inside: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         seen: set[int] = set()
         for name, leaf in tensors.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .account import Distance, NonFinite
+from .account import Distance, NonFiniteTensor
 from .comparing import Row
 
 
@@ -50,11 +50,11 @@ def modules(names: Sequence[str]) -> list[str]:
     return [".".join(part[:depth]) for part in parts]
 
 
-def nonfinite(rows: Iterable[Row]) -> tuple[NonFinite, ...]:
+def nonfinite(rows: Iterable[Row]) -> tuple[NonFiniteTensor, ...]:
     """The tensors with numbers that are none."""
     return tuple(
-        NonFinite(copy, row.name, num_nan, num_infinite)
+        NonFiniteTensor(key, row.name, num_nan, num_infinite)
         for row in rows
-        for copy, (num_nan, num_infinite) in row.nonfinite.items()
+        for key, (num_nan, num_infinite) in row.nonfinite.items()
         if num_nan or num_infinite
     )

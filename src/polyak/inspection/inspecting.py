@@ -13,21 +13,21 @@ from polyak.containers import verify as verify_files
 from polyak.errors import listed
 from polyak.layouts import Found
 
-from .account import Account, Copy, Reading
+from .account import Account, Reading, WeightSet
 from .comparing import is_looked_at, look, rows
 from .contents import Contents
 from .distances import distances, nonfinite
 from .making import ages_of_decay, profiles
 from .reading import Files
 
-BUDGET = 1 << 26
-RAW = "raw"
+_BUDGET = 1 << 26
+_RAW = "raw"
 
 
 def inspect(
     found: Found,
     *,
-    budget: int = BUDGET,
+    budget: int = _BUDGET,
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Account:
@@ -50,16 +50,17 @@ def inspect(
         >>> path = f"{tempfile.mkdtemp()}/checkpoint.pth"
         >>> torch.save({"state_dict": {"w": torch.ones(3)}, "state_dict_ema": {"w": torch.zeros(3)}}, path)
         >>> account = inspect(examine(path))
-        >>> account.format, [copy.name for copy in account.copies], account.distances[0].relative
+        >>> account.format, [each.name for each in account.sets], account.distances[0].relative
         ('timm', ['average', 'raw'], 1.0)
     """
     content = found.content
     raw = _free_name(found.averages)
-    copies: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw is not None else {})}
+    sets: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw is not None else {})}
+    used = [leaf for tensors in sets.values() for leaf in tensors.values()]
     contents = Contents(content.tree)
-    compared = rows(copies)
+    compared = rows(sets)
     total = sum(row.num_bytes for row in compared)
-    paths = _files([*contents.leaves, *(leaf for copy in copies.values() for leaf in copy.values())], content.path)
+    paths = _files([*contents.leaves, *used], content.path)
     whole = total + sum(path.stat().st_size for path in paths) if verify else min(total, budget)
     step = None if progress is None else _Progress(progress, whole).add
     with Files(in_order=verify or total <= budget) as files:
@@ -68,15 +69,14 @@ def inspect(
     if progress is not None:
         progress(whole, whole)
     half_life, mean_age = ages_of_decay(found.decay)
-    used = [leaf for copy in copies.values() for leaf in copy.values()]
     return Account(
         path=os.fspath(content.path),
         kind=content.kind,
         format=found.layout.name,
         writer=found.layout.writer,
         num_bytes=content.num_bytes,
-        copies=tuple(
-            _copy(name, copy, contents, content.path, is_average=name != raw) for name, copy in copies.items()
+        sets=tuple(
+            _set(name, tensors, contents, content.path, is_average=name != raw) for name, tensors in sets.items()
         ),
         counters=dict(found.counters),
         decay=found.decay,
@@ -84,7 +84,7 @@ def inspect(
         mean_age=mean_age,
         profiles=profiles(found),
         missing=found.missing,
-        notes=(*found.notes, *_other_shapes(copies, raw)),
+        notes=(*found.notes, *_other_shapes(sets, raw)),
         others=contents.others(used, known=(*found.counters, "decay")),
         metadata=tuple(map(str, content.about)),
         reading=Reading(
@@ -110,7 +110,7 @@ class _Progress:
 
 def _free_name(averages: Mapping[str, object]) -> str:
     """What the raw weights are called, where no average is called so."""
-    name = RAW
+    name = _RAW
     while name in averages:
         name = f"{name} weights"
     return name
@@ -123,13 +123,13 @@ def _files(leaves: Iterable[Leaf], path: Path) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _copy(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path, *, is_average: bool) -> Copy:
+def _set(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path, *, is_average: bool) -> WeightSet:
     by_leaf: dict[Leaf, list[str]] = {}
     for key, leaf in tensors.items():
         by_leaf.setdefault(leaf, []).append(key)
     folder = path if path.is_dir() else path.parent
     files = _files(tensors.values(), folder)
-    return Copy(
+    return WeightSet(
         name=name,
         is_average=is_average,
         where=contents.where(tensors),
@@ -144,13 +144,13 @@ def _copy(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path
     )
 
 
-def _other_shapes(copies: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]:
-    given = copies.get(raw, {})
+def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]:
+    given = sets.get(raw, {})
     differ = [
         name
-        for key, copy in copies.items()
+        for key, tensors in sets.items()
         if key != raw
-        for name, leaf in copy.items()
+        for name, leaf in tensors.items()
         if name in given and given[name].shape != leaf.shape
     ]
     return [f"of another shape in the raw weights, and not compared: {listed(dict.fromkeys(differ))}"] if differ else []

@@ -20,7 +20,7 @@ from .pattern import matches, tensors, tie
 from .positions import positions_to_names
 from .table import LAYOUTS
 
-ALONE = "average"
+_ALONE = "average"
 _NUMBERS = {
     "int64": "<q",
     "int32": "<i",
@@ -80,7 +80,7 @@ def find_layout(
     passed_over = [key for key in average_keys(content) if key not in used]
     if passed_over and not chosen[0].layout.is_fallback:
         parts.notes.append(f"passed over, though the keys speak of averages: {listed(passed_over)}")
-    averages = {name or ALONE: _bare(average, parts.notes) for name, average in parts.averages.items()}
+    averages = {name or _ALONE: _bare(average, parts.notes) for name, average in parts.averages.items()}
     raw = _bare(parts.raw, parts.notes) if parts.raw else None
     if raw and averages and not parts.missing:
         averages, raw = _align(averages, raw, parts.notes)
@@ -95,7 +95,7 @@ def find_layout(
         raw=raw,
         counters=parts.counters,
         decay=parts.decay,
-        profiles={name or ALONE: profile for name, profile in parts.profiles.items()},
+        profiles={name or _ALONE: profile for name, profile in parts.profiles.items()},
         missing=tuple(dict.fromkeys(missing)),
         notes=tuple(dict.fromkeys(parts.notes)),
     )

@@ -35,7 +35,6 @@ LAYOUTS: tuple[Layout, ...] = (
         name="torch",
         writer="torch AveragedModel",
         average=("module.*",),
-        raw=(),
         counters=("n_averaged",),
         marks=("n_averaged",),
         may_stand_in=True,
@@ -318,7 +317,6 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="polyak export()",
         average=("*",),
         about=("profile", "time", "num_updates"),
-        counters=("time", "num_updates"),
         code=odd.polyak_export,
     ),
     Layout(
