@@ -1,4 +1,4 @@
-"""timm's averages, from the one file of timm that has them.
+"""timm's averages, from the one file of timm that has them, and other files of it by themselves.
 
 `import timm` needs torchvision, which is large and has nothing to do with averages; the file alone needs torch.
 """
@@ -15,17 +15,21 @@ from benchmarks.contender import DECAY, Running, pairs_by_every_name
 
 
 @functools.cache
-def timm_averages() -> ModuleType:
+def timm_file(*parts: str) -> ModuleType:
     found = find_spec("timm")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("timm is not installed; `make bench` installs what the benchmarks compare with")
-    path = Path(found.submodule_search_locations[0]) / "utils" / "model_ema.py"
-    specification = spec_from_file_location("timm_model_ema", path)
+    path = Path(found.submodule_search_locations[0]).joinpath(*parts)
+    specification = spec_from_file_location(f"timm_{path.stem}", path)
     assert specification is not None
     assert specification.loader is not None
     module = module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+def timm_averages() -> ModuleType:
+    return timm_file("utils", "model_ema.py")
 
 
 def model_ema(model: nn.Module) -> Running:

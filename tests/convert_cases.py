@@ -1,9 +1,8 @@
 """Files to convert, each of one library, with what is in them; and those files of timm that need no torchvision."""
 
-import functools
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_ema import ExponentialMovingAverage
 
+import benchmarks.timm_file
 import polyak
 import zoo
 
@@ -118,14 +118,8 @@ def config(folder):
     return folder / "config.json"
 
 
-@functools.cache
 def timm_file(*parts):
     """A file of timm by itself: `import timm` needs torchvision, which has nothing to do with averages."""
-    found = find_spec("timm")
-    if found is None:
+    if find_spec("timm") is None:
         pytest.skip("timm is not installed; `make test` installs it")
-    path = Path(found.submodule_search_locations[0]).joinpath(*parts)
-    specification = spec_from_file_location(f"timm_{path.stem}", path)
-    module = module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return benchmarks.timm_file.timm_file(*parts)

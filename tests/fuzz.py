@@ -11,6 +11,7 @@ or a gibibyte, or is read with other numbers than by the libraries themselves.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import multiprocessing
 import pickletools
@@ -31,9 +32,9 @@ import torch
 from safetensors.torch import load_file
 
 import polyak
+from library_files import CASES, FILES
 from polyak.layouts import LAYOUTS
 
-FILES = Path(__file__).parent / "data" / "files"
 SECONDS, BYTES = 5, 1 << 30
 NUMBERS = [0, 1, 2, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]
 NAMES = [b"os\nsystem", b"builtins\neval", b"torch\nFloatStorage", b"torch._utils\n_rebuild_qtensor", b"torch\nSize"]
@@ -49,7 +50,7 @@ class Mutator:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.seeds = sorted(path for path in FILES.iterdir() if (path / "about.json").exists())
+        self.seeds = [FILES / name for name in CASES]
         self.all_bytes = [
             file.read_bytes() for seed in self.seeds for file in sorted(seed.rglob("*")) if file.is_file()
         ]
@@ -100,20 +101,20 @@ class Mutator:
 
     def pickle(self, data: bytes) -> bytes:
         """Breaks the pickle of an archive, and makes its checksum right."""
-        (self.folder / "whole").write_bytes(data)
         try:
-            with zipfile.ZipFile(self.folder / "whole") as archive:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 records = {record.filename: archive.read(record) for record in archive.infolist()}
-        except (zipfile.BadZipFile, NotImplementedError, OSError):
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
             return self.flip(data)
         for name, content in records.items():
             if name.endswith("data.pkl"):
                 records[name] = self.operations(content)
-        with warnings.catch_warnings(), zipfile.ZipFile(self.folder / "changed", "w") as archive:
+        changed = io.BytesIO()
+        with warnings.catch_warnings(), zipfile.ZipFile(changed, "w") as archive:
             warnings.simplefilter("ignore")
             for name, content in records.items():
                 archive.writestr(name, content)
-        return (self.folder / "changed").read_bytes()
+        return changed.getvalue()
 
     def operations(self, data: bytes) -> bytes:
         choice = self.random.randrange(7)
@@ -185,8 +186,6 @@ class Mutator:
         if kind < 8:
             return {self.word(): self.branch(depth - 1) for _ in range(self.random.randrange(4))}
         return [self.branch(depth - 1) for _ in range(self.random.randrange(4))]
-
-    folder: Path
 
 
 def read_all(path: Path) -> dict[str, torch.Tensor]:
@@ -287,7 +286,6 @@ def work(arguments: tuple[int, int, str]) -> tuple[Counter[str], list[str]]:
         for number in range(count):
             folder = Path(name) / str(number)
             folder.mkdir()
-            mutator.folder = folder
             path, way = mutator.make(folder)
             outcome, why = try_one(path)
             counts[outcome] += 1

@@ -2,14 +2,16 @@
 
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 import convert_cases as cases
 import polyak
 import zoo
+from library_files import CASES, FILES, case
 from polyak.checkpoints import WRITTEN
-from test_read import CASES, FILES, case
+from polyak.cli.convert import convert
 
 # What is no parameter of the models in these files, or the second name of one.
 NO_PARAMETERS = ("running_mean", "running_var", "middle.1.weight")
@@ -37,6 +39,13 @@ def test_no_tensor_changes_on_the_way(name, to, tmp_path):
         assert zoo.bit_equal(dict(found.average), expected)
         if output.is_dir():
             break
+
+
+def test_the_help_and_the_docstring_have_each_layout():
+    told = get_type_hints(convert, include_extras=True)["to"].__metadata__[0].help
+    assert set(re.findall(r"[\w-]+", told)) - {"or", "a", "file", "folder"} == WRITTEN.keys()
+    about = polyak.convert.__doc__.partition(" to: ")[2].partition(" average: ")[0]
+    assert set(re.findall(r'"([\w-]+)"', about)) == WRITTEN.keys()
 
 
 def test_the_documentation_has_each_layout():

@@ -36,6 +36,21 @@ def test_export_in_another_dtype(tmp_path):
         average.export(tmp_path / "other.safetensors", dtype=torch.int8)
 
 
+@pytest.mark.protects
+def test_a_number_that_becomes_infinite_is_refused(tmp_path):
+    model = zoo.mlp()
+    with torch.no_grad():
+        model[0].weight[1, 2] = 1e6
+    average = polyak.WeightAverage(model)
+    with pytest.raises(ValueError, match=r"^'0.weight' has the number 1e\+06, and torch.float16 ends at 65504; choose"):
+        average.export(tmp_path / "ema.safetensors", dtype=torch.float16)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match=r"torch\.float8_e5m2 ends at 57344; choose another dtype"):
+        average.export(tmp_path / "ema.safetensors", dtype=torch.float8_e5m2)
+    average.export(tmp_path / "ema.safetensors", dtype=torch.bfloat16)
+    polyak.WeightAverage(zoo.mlp()).export(tmp_path / "ema.safetensors", dtype=torch.float8_e4m3fn)
+
+
 def test_export_says_what_it_holds(tmp_path):
     average = polyak.WeightAverage(zoo.mlp(), {"mean": polyak.Uniform(), "ema": polyak.Exponential(0.9)})
     average.update(at=32)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import polyak
+from library_files import CASES, FILES
 from polyak.containers import Between, Pieced, Span, Stored
 from polyak.containers.stored import dense_stride
 from polyak.inspection import inspect, plain
@@ -19,8 +20,6 @@ from polyak.inspection.reading import Files
 from polyak.inspection.regions import all_regions, flattened, sizes, spread_regions, whole
 from polyak.layouts import examine
 
-FILES = Path(__file__).parent / "data" / "files"
-CASES = sorted(folder.parent.name for folder in FILES.glob("*/about.json"))
 DTYPES_OF_TORCH = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
 
 

@@ -1,33 +1,15 @@
 """Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
 
-import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import polyak
 import zoo
+from library_files import CASES, FILES, case
 from polyak.layouts import LAYOUTS
-
-FILES = Path(__file__).parent / "data" / "files"
-CASES = sorted(folder.name for folder in FILES.iterdir() if (folder / "about.json").exists())
-
-
-def case(name):
-    about = json.loads((FILES / name / "about.json").read_text())
-    expected = load_file(FILES / name / "expected.safetensors")
-    averages, raw = {}, {}
-    for key, tensor in expected.items():
-        kind, _, rest = key.partition("/")
-        if kind == "raw":
-            raw[rest] = tensor
-        else:
-            average, _, tensor_name = rest.partition("/")
-            averages.setdefault(average, {})[tensor_name] = tensor
-    return about, averages, raw
 
 
 def read(name, **options):

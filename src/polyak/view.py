@@ -17,7 +17,7 @@ from polyak.checkpoints import write_safetensors
 from polyak.core import Core
 from polyak.entries import Entry, extra_states
 from polyak.errors import StateError, listed, outside
-from polyak.kernels import check_floating_point, copy_
+from polyak.kernels import cast_floating_point, check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.source import Watch, match_sites
@@ -182,7 +182,8 @@ class AverageView:
 
         Raises:
             OSError: the file cannot be written; one that was there is as it was.
-            ValueError: the name is one for files of another kind, or a dtype is unknown to the format.
+            ValueError: the name is one for files of another kind, a dtype is unknown to the format, or a number is too
+                large for `dtype`.
             StateError: a frozen parameter has changed.
         """
         core = self._core
@@ -199,7 +200,7 @@ class AverageView:
         if target.suffix in _PICKLED:
             raise ValueError(
                 f"{os.fspath(path)!r}: an export is a safetensors file, and {target.suffix} says that it is one of "
-                "torch.save; name it .safetensors, or torch.save(average.weights(), ...)"
+                "torch.save; name it .safetensors, or polyak.save(average.weights(), ...)"
             )
         if is_adapted(bare):
             tensors = adapter_weights(bare, tensors)
@@ -207,7 +208,7 @@ class AverageView:
                 write_adapter_config(bare, target)
                 target = target / ADAPTER_FILE
         if dtype is not None:
-            tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+            tensors = {name: cast_floating_point(t, dtype, what=repr(name)) for name, t in tensors.items()}
         metadata = {
             "profile": json.dumps(self.profile.describe()),
             "time": repr(core.clock.time),

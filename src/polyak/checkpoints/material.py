@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from polyak.containers import Leaf
 from polyak.entries import gather, unwrap
 from polyak.errors import MismatchError, listed, outside
-from polyak.kernels import is_plain
+from polyak.kernels import cast_floating_point, is_plain
 
 from .checkpoint import Checkpoint
 from .counters import is_positional
@@ -64,18 +64,8 @@ class Maker:
         Raises:
             ValueError: a number in it is too large for the dtype.
         """
-        if self._dtype is None or not tensor.is_floating_point() or tensor.dtype == self._dtype:
-            return tensor
-        made = tensor.to(self._dtype)
-        # torch does not look for infinities in every dtype of 8 bits.
-        kept = made.float() if made.element_size() == 1 else made
-        if torch.isfinite(kept).all() or torch.isfinite(kept).equal(torch.isfinite(tensor)):
-            return made
-        largest = tensor[torch.isfinite(tensor)].abs().max().item()
-        raise ValueError(
-            f"{name!r} of {os.fspath(self._path)!r} has the number {largest:.6g}, and {self._dtype} ends at "
-            f"{torch.finfo(self._dtype).max:.6g}; choose another dtype"
-        )
+        what = f"{name!r} of {os.fspath(self._path)!r}"
+        return tensor if self._dtype is None else cast_floating_point(tensor, self._dtype, what=what)
 
     def tensor(self, given: Tensors, name: str) -> Tensor:
         """A tensor of a set."""
@@ -110,7 +100,8 @@ def complete(material: Material, model: nn.Module | None, maker: Maker, *, with_
     """Makes the sets whole: each takes what it lacks from the other, and the model gives what is in neither.
 
     Args:
-        material: both sets, which are dictionaries then.
+        material: both sets. The average is whole then; so are the raw weights, where the file has them and they are
+            written.
         model: the model, where one was given.
         maker: of the tensors.
         with_raw: whether the raw weights are written as well. If not, they only give what the average lacks.

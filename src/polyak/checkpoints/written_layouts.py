@@ -195,27 +195,12 @@ _UPDATES = frozenset({"updates"})
 WRITTEN: Mapping[str, Written] = {
     row.name: row
     for row in (
-        Written(
-            name="safetensors",
-            kind="safetensors",
-            content=_bare,
-            about=_export_metadata,
-        ),
+        Written(name="safetensors", kind="safetensors", content=_bare, about=_export_metadata),
         Written(name="plain", kind="torch", content=_bare),
         Written(name="huggingface", kind="folder", content=_untied, about=_config),
-        Written(
-            name="timm",
-            kind="torch",
-            content=_timm,
-            keeps=frozenset({"raw"}),
-        ),
+        Written(name="timm", kind="torch", content=_timm, keeps=frozenset({"raw"})),
         Written(name="torch", kind="torch", content=_torch, keeps=_UPDATES),
-        Written(
-            name="ema-pytorch",
-            kind="torch",
-            content=_ema_pytorch,
-            keeps=_UPDATES | {"raw"},
-        ),
+        Written(name="ema-pytorch", kind="torch", content=_ema_pytorch, keeps=_UPDATES | {"raw"}),
         Written(
             name="torch-ema",
             kind="torch",
@@ -231,11 +216,6 @@ WRITTEN: Mapping[str, Written] = {
             stem="diffusion_pytorch_model",
             keeps=_UPDATES | {"decay"},
         ),
-        Written(
-            name="lightning",
-            kind="torch",
-            content=_lightning,
-            keeps=_UPDATES | {"raw"},
-        ),
+        Written(name="lightning", kind="torch", content=_lightning, keeps=_UPDATES | {"raw"}),
     )
 }

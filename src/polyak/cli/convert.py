@@ -10,7 +10,7 @@ import typer
 
 from polyak.errors import PolyakError
 
-from .names import read_names
+from .options import Format, Names, SkipObjects, read_names
 from .text import as_options, inert
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -43,26 +43,16 @@ def convert(
     decay: Annotated[
         float | None, typer.Option(help="Of the average, for layouts that keep it, where the input does not.")
     ] = None,
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Names of the averaged parameters in order, for layouts without names: a list in JSON, or one a line.",
-        ),
-    ] = None,
+    names: Names = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The model's config.json, where the input folder has none."),
     ] = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The layout of IN, where it shall not be found out.")
-    ] = None,
+    format: Format = None,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Of a file of a folder, in bytes, or as 500MB or 5GB.")
     ] = "5GB",
-    skip_objects: Annotated[
-        bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
-    ] = False,
+    skip_objects: SkipObjects = False,
 ) -> None:
     """Write an average that one library saved as another one loads it, and trains on from.
 
@@ -84,7 +74,7 @@ def convert(
             average=average,
             dtype=chosen,
             decay=decay,
-            names=None if names is None else read_names(names),
+            names=read_names(names),
             format=format,
             config=config,
             max_shard_bytes=_num_bytes(max_shard_size),

@@ -17,7 +17,7 @@ from polyak.inspection import inspect as account_of
 from polyak.inspection import plain
 from polyak.layouts import examine
 
-from .names import read_names
+from .options import Format, Names, SkipObjects, read_names
 from .show import show
 
 _WIDTH = 120
@@ -33,19 +33,9 @@ def inspect(
             show_default=False,
         ),
     ],
-    format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The layout, where it shall not be found out.")
-    ] = None,
-    names: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Names of the averaged parameters in order, for layouts without names: a list in JSON, or one a line.",
-        ),
-    ] = None,
-    skip_objects: Annotated[
-        bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
-    ] = False,
+    format: Format = None,
+    names: Names = None,
+    skip_objects: SkipObjects = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
     verify: Annotated[
         bool,
@@ -58,9 +48,8 @@ def inspect(
 
     Without --verify a part of a large file is read, and distances are estimates.
     """
-    found = examine(
-        file, format=format, names=[read_names(names)] if names is not None else [], skip_objects=skip_objects
-    )
+    given = read_names(names)
+    found = examine(file, format=format, names=[] if given is None else [given], skip_objects=skip_objects)
     with _progress(wanted=verify) as progress:
         account = account_of(found, verify=verify, progress=progress)
     if as_json:

@@ -16,6 +16,7 @@ from .stored import Record as Record
 from .stored import Span as Span
 from .stored import Stored as Stored
 from .stored import leaves_of as leaves_of
+from .stored import parts_of as parts_of
 from .verification import CHECKSUM_DIGITS as CHECKSUM_DIGITS
 from .verification import CHECKSUMS as CHECKSUMS
 from .verification import Verification as Verification

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from polyak.errors import FileFormatError
@@ -90,14 +91,12 @@ _OTHER_TENSORS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
 class StorageOf:
     """What a persistent name stands for: a storage in the file and the dtype of its numbers."""
 
-    __slots__ = ("dtype", "span")
-
-    def __init__(self, dtype: str, span: Span) -> None:
-        self.dtype = dtype
-        self.span = span
+    dtype: str
+    span: Span
 
 
 def find(name: str, *, skip_objects: bool) -> Name:

@@ -172,10 +172,10 @@ def _counts(values: object) -> tuple[int, ...] | None:
 
 def leaves_of(leaf: Leaf) -> Iterator[Stored]:
     """The parts of a file that a tensor is made of."""
-    match leaf:
-        case Stored():
-            yield leaf
-        case Pieced():
-            yield from (piece for _, piece in leaf.pieces)
-        case Between():
-            yield from (leaf.start, leaf.end)
+    for part in parts_of(leaf):
+        yield from (part,) if isinstance(part, Stored) else (piece for _, piece in part.pieces)
+
+
+def parts_of(leaf: Leaf) -> tuple[Stored | Pieced, ...]:
+    """The tensors of a file that a tensor is computed from: itself, unless it lies between two."""
+    return (leaf.start, leaf.end) if isinstance(leaf, Between) else (leaf,)

@@ -81,14 +81,14 @@ def look(
         progress: told how many bytes more were read.
     """
     level = math.inf if budget is None else _level([row.num_bytes for row in given], budget)
+    jobs = [_Job(row, level) for row in given]
     if level < math.inf:
-        for row in given:
-            job = _Job(row, level)
+        for job in jobs:
             for region in job.regions():
                 for leaf in job.distinct:
                     files.expect(leaf, region)
-    for row in given:
-        job = _Job(row, level)
+    for job in jobs:
+        row = job.row
         for region in job.regions():
             _add(row, files, job.leaves, region, raw)
             if progress is not None:

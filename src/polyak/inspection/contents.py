@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from polyak.containers import Between, Leaf, Record
+from polyak.containers import Leaf, Record, parts_of
 
 from .account import Other
 
@@ -55,7 +55,7 @@ class Contents:
         inside: dict[tuple[str, ...], list[tuple[str, str]]] = {}
         seen: set[int] = set()
         for name, leaf in tensors.items():
-            for part in (leaf.start, leaf.end) if isinstance(leaf, Between) else (leaf,):
+            for part in parts_of(leaf):
                 path = self._path(part)
                 if path and id(part) not in seen:
                     seen.add(id(part))
@@ -78,9 +78,7 @@ class Contents:
 
     def others(self, used: Iterable[Leaf], *, known: Iterable[str]) -> tuple[Other, ...]:
         """What is in the file beside tensors that are used, and values whose keys are known."""
-        taken = {
-            id(part) for leaf in used for part in ((leaf.start, leaf.end) if isinstance(leaf, Between) else (leaf,))
-        }
+        taken = {id(part) for leaf in used for part in parts_of(leaf)}
         passed = set(known)
         found: list[Other] = []
         loose: dict[str, list[Leaf]] = {}

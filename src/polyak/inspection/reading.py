@@ -9,7 +9,7 @@ from types import TracebackType
 
 import numpy as np
 
-from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored
+from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored, parts_of
 from polyak.errors import FileFormatError
 
 from .decoding import Array, decode, raw_type, wide
@@ -58,7 +58,7 @@ class Files:
 
     def expect(self, leaf: Leaf, region: Region) -> None:
         """Tells the system what will be read: a disk is faster with many wishes at once than with one at a time."""
-        for stored in (leaf.start, leaf.end) if isinstance(leaf, Between) else (leaf,):
+        for stored in parts_of(leaf):
             if isinstance(stored, Stored) and hasattr(os, "posix_fadvise"):
                 first, count = covered(stored, region)
                 size = ITEM_SIZES[stored.dtype]

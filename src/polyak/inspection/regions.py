@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored
+from polyak.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored, parts_of
 
 # In each dimension, where it begins and ends.
 Region: TypeAlias = tuple[tuple[int, int], ...]
@@ -46,18 +46,15 @@ def common(region: Region, offset: Sequence[int], shape: Sequence[int]) -> Regio
 
 def cost(leaf: Leaf, region: Region) -> int:
     """The bytes that reading a region takes."""
-    match leaf:
-        case Stored():
-            return covered(leaf, region)[1] * ITEM_SIZES[leaf.dtype]
-        case Pieced():
-            return math.prod(sizes(region)) * ITEM_SIZES[leaf.dtype]
-        case Between():
-            return cost(leaf.start, region) + cost(leaf.end, region)
+    return sum(
+        (covered(part, region)[1] if isinstance(part, Stored) else math.prod(sizes(region))) * ITEM_SIZES[part.dtype]
+        for part in parts_of(leaf)
+    )
 
 
 def item_bytes(leaf: Leaf) -> int:
     """The bytes that one number is read from."""
-    return (2 if isinstance(leaf, Between) else 1) * ITEM_SIZES[leaf.dtype]
+    return sum(ITEM_SIZES[part.dtype] for part in parts_of(leaf))
 
 
 def fits(leaves: Sequence[Leaf], region: Region, most: int) -> bool:
@@ -84,13 +81,8 @@ def halves(leaves: Sequence[Leaf], region: Region) -> tuple[Region, Region]:
 
 
 def _stride(leaf: Leaf) -> tuple[int, ...] | None:
-    match leaf:
-        case Stored():
-            return leaf.stride
-        case Between():
-            return leaf.start.stride
-        case Pieced():
-            return None
+    first = parts_of(leaf)[0]
+    return first.stride if isinstance(first, Stored) else None
 
 
 def all_regions(leaves: Sequence[Leaf], most: int) -> Iterator[Region]:
@@ -150,7 +142,7 @@ def flattened(leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
         >>> flattened([columns])[0].shape
         (12,)
     """
-    parts = [part for leaf in leaves for part in ((leaf.start, leaf.end) if isinstance(leaf, Between) else (leaf,))]
+    parts = [part for leaf in leaves for part in parts_of(leaf)]
     shape = leaves[0].shape
     order: list[int] | None = None
     for part in parts:

@@ -23,6 +23,7 @@ from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
 from .precision import HALF as HALF
 from .precision import average_dtype as average_dtype
+from .precision import cast_floating_point as cast_floating_point
 from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of

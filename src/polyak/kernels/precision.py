@@ -39,6 +39,39 @@ def check_floating_point(dtype: torch.dtype) -> None:
         raise ValueError(f"dtype={dtype}: floating-point tensors cannot be cast to {dtype}")
 
 
+def cast_floating_point(tensor: torch.Tensor, dtype: torch.dtype, *, what: str) -> torch.Tensor:
+    """A tensor in another dtype, if it is floating-point; else as it is.
+
+    Args:
+        tensor: any.
+        dtype: floating-point.
+        what: the tensor, as an error calls it.
+
+    Raises:
+        ValueError: a number in it is too large for the dtype, and would be infinite.
+
+    Example:
+        >>> cast_floating_point(torch.tensor([0.5, 1e6]), torch.float16, what="'weight'")
+        Traceback (most recent call last):
+        ValueError: 'weight' has the number 1e+06, and torch.float16 ends at 65504; choose another dtype
+    """
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    made = tensor.to(dtype)
+    fits = _is_finite(made)
+    if fits.all() or fits.equal(_is_finite(tensor)):
+        return made
+    largest = tensor.double()[_is_finite(tensor)].abs().max().item()
+    raise ValueError(
+        f"{what} has the number {largest:.6g}, and {dtype} ends at {torch.finfo(dtype).max:.6g}; choose another dtype"
+    )
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    # torch does not know it of floats of 8 bits.
+    return torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)
+
+
 def dead_zone(dtype: torch.dtype, decay: float) -> float:
     """How far a source may be from its average, relative to the average, without ever moving it.
 

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from polyak.containers import Leaf, Record
 
-_SPECIAL = re.compile(r"\*|\{\}|#|\?")
+_SPECIAL = re.compile(r"(\*|\{\}|#|\?)")
 _MEANING = {"*": "(?P<key>.+)", "{}": "(?P<average>[^.]+)", "#": r"(?P<position>\d+)", "?": "[^.]+"}
 
 
@@ -82,7 +82,7 @@ def _compiled(segment: str) -> re.Pattern[str]:
     # By itself it is a whole key, which may have dots in it.
     if segment in ("?", "{}"):
         return re.compile("(?P<average>.+)" if segment == "{}" else ".+", re.DOTALL)
-    parts = re.split(r"(\*|\{\}|#|\?)", segment)
+    parts = _SPECIAL.split(segment)
     return re.compile("".join(_MEANING.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
 
@@ -129,6 +129,6 @@ def covers(general: str, special: str) -> bool:
         >>> covers("ema/*", "ema/module.*"), covers("ema/module.*", "ema/*")
         (True, False)
     """
-    parts = re.split(r"(\*|\{\}|#|\?)", general)
+    parts = _SPECIAL.split(general)
     form = "".join(".+" if part in _MEANING else re.escape(part) for part in parts)
     return re.fullmatch(form, special, re.DOTALL) is not None

@@ -1,20 +1,36 @@
-"""Names of parameters, from a file that the user wrote."""
+"""Options that several commands have, and names of parameters from a file that the user wrote."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 import typer
 
+Format: TypeAlias = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The layout of the input, where it shall not be found out.")
+]
+Names: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="Names of the averaged parameters in order, for layouts without names: a list in JSON, or one a line.",
+    ),
+]
+SkipObjects: TypeAlias = Annotated[
+    bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
+]
 
-def read_names(path: Path) -> list[str]:
-    """Names from a file.
+
+def read_names(path: Path | None) -> list[str] | None:
+    """Names from a file, where one was given.
 
     Raises:
         typer.BadParameter: there are none in it.
     """
+    if path is None:
+        return None
     try:
         text = path.read_text("utf-8")
         given: Any = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
