@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import convert_cases as cases
+import library_files
 import polyak
 import zoo
 
@@ -254,6 +255,12 @@ def test_a_configuration_goes_along(tmp_path):
     polyak.convert(tmp_path / "full", tmp_path / "more", to="diffusers")
     found = json.loads((tmp_path / "more" / "config.json").read_text())
     assert (found["_class_name"], found["width"], found["decay"]) == ("Net", 4, 0.9999)
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    folder = library_files.FILES / "peft" / library_files.case("peft")[0]["path"]
+    with pytest.raises(polyak.FileFormatError, match="is an adapter, and its base is not in it: to='safetensors'"):
+        polyak.convert(folder, tmp_path / "out", to="huggingface")
 
 
 class TestRefused:

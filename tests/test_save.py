@@ -256,3 +256,24 @@ class TestLoad:
     def test_files_of_torch_save(self, tmp_path):
         torch.save({"a": torch.ones(2)}, tmp_path / "x.pt")
         assert polyak.load(tmp_path / "x.pt")["a"].tolist() == [1, 1]
+
+
+class TestWhatIsSavedIsLoaded:
+    @pytest.mark.parametrize(
+        "value",
+        [torch.zeros(1).expand(200_000), {((1, 2), 3): 1}, torch.uint4, 2**2000, [[[[[]]]]]],
+        ids=["expanded", "keys", "dtype", "integer", "nested"],
+    )
+    def test_odd_ones(self, value, tmp_path):
+        polyak.save({"x": value}, tmp_path / "x.pt")
+        assert repr(polyak.load(tmp_path / "x.pt")["x"]) == repr(value)
+
+    def test_what_torch_could_not_read_is_refused(self, tmp_path):
+        with pytest.raises(TypeError, match=r"content\['x'\] is an integer of 9966 bits, which torch.load"):
+            polyak.save({"x": 10**3000}, tmp_path / "x.pt")
+        deep = []
+        for _ in range(5000):
+            deep = [deep]
+        with pytest.raises(ValueError, match="content has containers in containers, deeper than Python can save them"):
+            polyak.save({"x": deep}, tmp_path / "x.pt")
+        assert list(tmp_path.iterdir()) == []

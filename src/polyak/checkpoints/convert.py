@@ -27,6 +27,7 @@ from .shards import write_sharded
 from .written_layouts import WRITTEN, Written
 
 _FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".json")
+_ADAPTER = "adapter_config.json"
 _LARGE = 5_000_000_000
 
 
@@ -93,6 +94,11 @@ def convert(
         raise MismatchError(
             f"the tensors in {os.fspath(path)!r} have no names, but positions: give model=, or names= in the order of "
             "model.parameters()"
+        )
+    if to == "huggingface" and (Path(path) / _ADAPTER).is_file():
+        raise FileFormatError(
+            f"{os.fspath(path)!r} is an adapter, and its base is not in it: to='safetensors' writes its weights, and "
+            f"{_ADAPTER} belongs beside them under the name adapter_model.safetensors"
         )
     if configuration is None and layout.name == "diffusers":
         raise FileFormatError(
