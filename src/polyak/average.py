@@ -331,10 +331,21 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on: averages, copies, clock and configuration.
 
-        Its tensors are the averages themselves, as in every state_dict of torch; copy them to keep them.
+        Its tensors are the averages themselves, as in every state_dict of torch; copy them to keep them. Where the
+        model is sharded they are DTensors of its placements, which torch.distributed.checkpoint saves, and loads on any
+        other number of ranks:
+
+            state = average.state_dict()
+            torch.distributed.checkpoint.load(state, checkpoint_id=path)
+            average.load_state_dict(state)
+
+        A checkpoint of another configuration has none of the keys of `state`, so that loading it raises before anything
+        is written.
         """
         self._core.verify_values()
-        self._core.warn_if_never_updated("saved")
+        if not self._core.source.shardings:
+            # Of a sharded model it may as well be what torch.distributed.checkpoint is about to load into.
+            self._core.warn_if_never_updated("saved")
         return save_state(self._core)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from polyak.errors import MismatchError, StateError, listed, outside
 from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
+from polyak.shards import Sharding, is_sharded, local, reshard, sharding_of
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
 RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"
@@ -63,9 +64,10 @@ class Entry:
         action: average, copy or skip.
         reason: why, in a few words, for reports and errors.
         tensor: the tensor itself, held strongly because addresses get reused.
-        shape: as it was when the average was made. A tensor may change its own when its data is replaced.
+        shape: as it was when the average was made, of the whole. A tensor may change its own when its data is replaced.
         dtype: as it was then.
         device: as it was then.
+        sharding: how it lay over the ranks then; None for a plain tensor.
     """
 
     name: str
@@ -76,6 +78,12 @@ class Entry:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    sharding: Sharding | None = None
+
+    @property
+    def local(self) -> Tensor:
+        """The part of the tensor that this process holds, a plain tensor."""
+        return local(self.tensor)
 
     @property
     def aliases(self) -> tuple[str, ...]:
@@ -170,6 +178,7 @@ def gather(model: nn.Module) -> list[list[Site]]:
         raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise StateError(f"{type(model).__name__} is a TorchScript module; average the module that it was made of")
+    reshard(model)
     ties: dict[Any, list[Site]] = {}
     for site in walk(model):
         _check_initialised(site)
@@ -213,7 +222,17 @@ def make_entry(sites: Sequence[Site], rules: Rules, *, include_frozen: bool = Fa
     """
     action, reason = _decide(sites, rules, include_frozen)
     tensor = sites[0].tensor
-    entry = Entry(sites[0].name, tuple(sites), action, reason, tensor, tensor.shape, tensor.dtype, tensor.device)
+    entry = Entry(
+        sites[0].name,
+        tuple(sites),
+        action,
+        reason,
+        tensor,
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+        device=tensor.device,
+        sharding=sharding_of(tensor),
+    )
     _check_averageable(entry)
     return entry
 
@@ -235,9 +254,9 @@ def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[
             return action, f"rule {key if isinstance(key, str) else getattr(key, '__name__', key)!s}"
     tensor = sites[0].tensor
     is_parameter = any(site.is_parameter for site in sites)
-    if not is_parameter and not is_plain(tensor):
+    if not is_parameter and not is_plain(local(tensor)):
         return "skip", f"buffer of layout {tensor.layout}"
-    if not is_parameter and overlaps_itself(tensor):
+    if not is_parameter and overlaps_itself(local(tensor)):
         return "skip", "expanded buffer"
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return "copy", "not a floating-point tensor"
@@ -249,9 +268,15 @@ def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[
         return "copy", "non-persistent buffer"
     if any(_is_spectral_vector(site) for site in sites):
         return "copy", "singular vector of a spectral norm"
-    if tensor.dtype in AVERAGEABLE and not bool(tensor.isfinite().all()):
+    if tensor.dtype in AVERAGEABLE and not _is_finite(tensor):
         return "copy", "buffer with infinities or NaNs"
     return "average", "buffer"
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    sharding = sharding_of(tensor)
+    # All ranks must do the same, so that each looks at the whole.
+    return bool((tensor if sharding is None else sharding.whole(local(tensor))).isfinite().all())
 
 
 def _matches(key: RuleKey, site: Site) -> bool:
@@ -270,7 +295,7 @@ def _is_spectral_vector(site: Site) -> bool:
 
 
 def _check_initialised(site: Site) -> None:
-    tensor = site.tensor
+    tensor = local(site.tensor)
     if nn.parameter.is_lazy(tensor):
         raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
     if tensor.is_meta:
@@ -280,7 +305,7 @@ def _check_initialised(site: Site) -> None:
             f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
             "average reads them"
         )
-    if site.is_parameter and tensor.numel() == 0:
+    if site.is_parameter and tensor.numel() == 0 and not is_sharded(site.tensor):
         raise StateError(
             f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "
             "the values away; average under ZeRO-2, which leaves them whole"
@@ -288,13 +313,16 @@ def _check_initialised(site: Site) -> None:
 
 
 def _check_averageable(entry: Entry) -> None:
-    tensor = entry.tensor
+    tensor = entry.local
 
     def rule(action: Action) -> str:
         return f"rules={{{entry.name!r}: {action!r}}}"
 
-    if entry.action != "skip" and type(tensor).__name__ == "DTensor":
-        raise StateError(f"{entry.name!r} is a DTensor, and sharded models cannot be averaged yet")
+    if entry.action != "skip" and entry.sharding is not None and entry.sharding.is_partial:
+        raise StateError(
+            f"{entry.name!r} is sharded as {entry.sharding}, of which no rank has the values; redistribute it, or give "
+            f"it a rule, as in {rule('skip')}"
+        )
     if entry.action != "skip" and not is_plain(tensor):
         kind = f"a {type(tensor).__name__}, {tensor.layout}"
         raise StateError(f"{entry.name!r} cannot be averaged: it is {kind}; give it a rule, as in {rule('skip')}")
@@ -311,7 +339,7 @@ def _check_averageable(entry: Entry) -> None:
 
 def _check_overlaps(entries: list[Entry]) -> None:
     """Raises where an averaged tensor shares memory with another entry: a part of it would be averaged twice."""
-    for first, second in overlapping([entry.tensor for entry in entries]):
+    for first, second in overlapping([entry.local for entry in entries]):
         one, other = entries[first], entries[second]
         if "average" in (one.action, other.action):
             raise MismatchError(

@@ -15,9 +15,11 @@ from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwr
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
+from polyak.shards import Sharding, describe, is_sharded, local, reshard, sharding_of
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _IS_SOMETHING = partial(is_not, None)
+_LOCAL = attrgetter("_local_tensor")
 
 
 class Watch:
@@ -26,7 +28,8 @@ class Watch:
     It is asked at every update, touches no tensor's memory, and runs in C: about 0.05 microseconds for each tensor and
     each module. It holds the model's parts, but not the model itself. What the thorough check sees and this one does
     not: another shape or other strides at the same address, as of `parameter.data = parameter.data.t()`, another tensor
-    object in the same memory, other names, and other dictionaries in place of a module's own.
+    object in the same memory, other names, and other dictionaries in place of a module's own. Of a DTensor it
+    looks at the object itself and at the address of its local part.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,8 +45,9 @@ class Watch:
             self._list_for(holder).append(holder)
         self._other_values: list[object] = list(_values(self._others))
         self._other_tensors = [t for t in self._other_values if isinstance(t, Tensor) and is_plain(t)]
+        self._shards = [t for t in self._other_values if isinstance(t, Tensor) and is_sharded(t)]
         # Strong references: an address may be given to another tensor after its own is gone.
-        self._held = list(_values(chain(self._full, self._gaps, self._others)))
+        self._held = [*_values(chain(self._full, self._gaps, self._others)), *map(_LOCAL, self._shards)]
         self._addresses = self._find_addresses()
 
     def _list_for(self, holder: dict[str, Any]) -> list[dict[str, Any]]:
@@ -56,7 +60,7 @@ class Watch:
 
     def _find_addresses(self) -> list[int]:
         tensors = chain(_values(self._full), filter(_IS_SOMETHING, _values(self._gaps)), self._other_tensors)
-        return list(map(Tensor.data_ptr, tensors))
+        return list(map(Tensor.data_ptr, chain(tensors, map(_LOCAL, self._shards))))
 
     def is_current(self) -> bool:
         """Whether nothing was added, removed or replaced."""
@@ -103,7 +107,7 @@ class Source:
         self._any_dtype = any_dtype
         self._adopt(resolve(model, rules, include_frozen=include_frozen))
         self._rules = dict(rules)
-        self.frozen_sums = dict(zip(self._frozen, checksums(list(self._frozen.values())), strict=True))
+        self.frozen_sums = self._sum_frozen()
 
     def _adopt(self, entries: list[Entry]) -> None:
         self.bare = unwrap(self.model)
@@ -127,6 +131,31 @@ class Source:
         """Whether every entry is still the same tensor at the same address."""
         return self._watch.is_current()
 
+    @property
+    def shardings(self) -> dict[str, Sharding]:
+        """How entries lie over the ranks, by name; plain ones are not among them."""
+        return {entry.name: entry.sharding for entry in self.entries if entry.sharding is not None}
+
+    def reshard(self) -> None:
+        """Lets a model that is sharded hold its shards, wherever its last pass has left whole parameters."""
+        reshard(self.model)
+
+    def _sum_frozen(self) -> dict[str, int]:
+        sums = checksums([local(tensor) for tensor in self._frozen.values()])
+        return dict(zip(self._frozen, sums, strict=True))
+
+    @property
+    def saved_sums(self) -> dict[str, int]:
+        """The sums of frozen parameters that are the same on every rank, and after resharding."""
+        return {name: total for name, total in self.frozen_sums.items() if not is_sharded(self._frozen[name])}
+
+    def resume_sums(self, saved: Mapping[str, int]) -> None:
+        """Takes over the sums that were saved; those of sharded parameters are what is found when looked at next."""
+        known = self.frozen_sums
+        self.frozen_sums = {
+            name: saved.get(name, known[name]) for name in known if name in saved or not is_sharded(self._frozen[name])
+        }
+
     def check_frozen(self) -> None:
         """Raises where a parameter that was frozen is trained now."""
         if any(map(_REQUIRES_GRAD, self._frozen.values())):
@@ -135,8 +164,8 @@ class Source:
 
     def check_frozen_values(self) -> None:
         """Raises where a frozen parameter is not what it was; reads all of them."""
-        for name, found in zip(self._frozen, checksums(list(self._frozen.values())), strict=True):
-            if found != self.frozen_sums[name]:
+        for name, found in self._sum_frozen().items():
+            if found != self.frozen_sums.setdefault(name, found):
                 raise StateError(
                     f"{name!r} is frozen (requires_grad=False), has no average, and yet has changed since the average "
                     "was made. Make the average after the model is loaded; or say what to do with it, as in "
@@ -182,7 +211,7 @@ class Source:
                 f"on {tensor.device}, and was on {entry.device}; move the model before its average is made, or "
                 "choose a device for the average, with device="
             )
-        elif entry.action == "average" and is_plain(entry.tensor) and not is_plain(tensor):
+        elif entry.action == "average" and is_plain(entry.local) and not is_plain(local(tensor)):
             difference = f"a {type(tensor).__name__} of layout {tensor.layout} now, which cannot be averaged"
         else:
             return
@@ -190,6 +219,7 @@ class Source:
 
     def replaced(self) -> list[tuple[Entry, Site]]:
         """The places that hold another tensor, or the same one with other memory, than when last looked at."""
+        self.reshard()
         if self.is_current():
             return []
         known = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
@@ -211,7 +241,9 @@ def _same(holders: Iterable[dict[str, Any]], held: list[object]) -> bool:
 
 
 def _view(tensor: Tensor) -> tuple[object, ...]:
-    return (tensor.data_ptr(), tensor.stride()) if is_plain(tensor) else (id(tensor),)
+    here = local(tensor)
+    place = (here.data_ptr(), here.stride()) if is_plain(here) else ()
+    return place if is_plain(tensor) else (id(tensor), *place)
 
 
 def _check_still_frozen(name: str, tensor: Tensor) -> None:
@@ -294,6 +326,12 @@ def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str, hint: str) 
         difference = f"the shape {tuple(tensor.shape)}, not {tuple(entry.shape)}"
     elif kind_of(tensor.dtype) != kind_of(entry.dtype):
         difference = f"the dtype {tensor.dtype}, not {entry.dtype}"
+    elif sharding_of(tensor) != entry.sharding:
+        raise MismatchError(
+            f"{entry.name!r} of {given_by} is {describe(sharding_of(tensor))}, and was {describe(entry.sharding)} when "
+            "the average was made. Nothing was written. The state goes from one to the other by "
+            f"torch.distributed.checkpoint, and weights() gives whole tensors{hint}"
+        )
     else:
         return
     raise MismatchError(f"{entry.name!r} of {given_by} has {difference}. Nothing was written{hint}")

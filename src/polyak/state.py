@@ -28,6 +28,7 @@ from polyak.clock import Clock
 from polyak.core import Core
 from polyak.errors import FileFormatError, MismatchError, StateError, listed
 from polyak.kernels import copy_, is_plain
+from polyak.shards import describe, is_sharded, local, sharding_of
 from polyak.source import check_same_names
 
 FORMAT = "polyak.WeightAverage"
@@ -42,11 +43,11 @@ def save_state(core: Core) -> dict[str, Any]:
     copies = [name for name in core.store.copies if name not in loose]
     names = set(core.store.names)
     averages = {
-        profile: {name: _lasting(core, tensor) for name, tensor in core.store.tensors(profile).items() if name in names}
+        profile: _lasting(core, {name: t for name, t in core.store.tensors(profile).items() if name in names})
         for profile in core.profiles
     }
     tensors = core.store.tensors(next(iter(core.profiles)))
-    seconds = {"seconds": {fingerprint: {profile: dict(kept) for profile, kept in core.store.seconds.items()}}}
+    seconds = {"seconds": {fingerprint: {name: _wrapped(core, kept) for name, kept in core.store.seconds.items()}}}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -54,16 +55,22 @@ def save_state(core: Core) -> dict[str, Any]:
         "clock": core.clock.state(),
         "pending": dict(core.store.pending),
         "ties": {entry.name: list(entry.aliases) for entry in core.source.entries if entry.aliases},
-        "frozen": dict(core.source.frozen_sums),
+        "frozen": core.source.saved_sums,
         "averages": {fingerprint: averages},
-        "copies": {fingerprint: {name: _lasting(core, tensors[name]) for name in copies}},
+        "copies": {fingerprint: _lasting(core, {name: tensors[name] for name in copies})},
         **(seconds if core.store.modes.compensated else {}),
     }
 
 
-def _lasting(core: Core, tensor: Tensor) -> Tensor:
-    """A tensor of the store that stays what it is when a swap ends: what stands in the source now is copied."""
-    return tensor if core.swapped is None else tensor.clone()
+def _lasting(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the store that stay what they are when a swap ends: what stands in the source now is copied."""
+    return _wrapped(core, tensors if core.swapped is None else {name: t.clone() for name, t in tensors.items()})
+
+
+def _wrapped(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by name as they lie over the ranks."""
+    shardings = core.source.shardings
+    return {name: shardings[name].wrap(t) if name in shardings else t for name, t in tensors.items()}
 
 
 def load_state(core: Core, state: Mapping[str, Any]) -> None:
@@ -105,7 +112,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     core.clock = clock
     core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
-    core.source.frozen_sums.update({name: frozen[name] for name in core.source.frozen_sums if name in frozen})
+    core.source.resume_sums(frozen)
 
 
 def _configuration(core: Core) -> dict[str, Any]:
@@ -187,13 +194,24 @@ def _match(
         raise MismatchError(
             f"tensors that are tied in the model are several in the {what} of the state: {listed(found)}"
         )
-    for name, tensor in kept.items():
-        saved = renamed[name]
-        if not is_plain(saved):
-            raise FileFormatError(f"the state is damaged: {name!r} in the {what} of the state is no plain tensor")
-        if saved.shape != tensor.shape or saved.dtype != tensor.dtype:
-            raise MismatchError(
-                f"{name!r} in the {what} of the state is {tuple(saved.shape)} {saved.dtype}, and "
-                f"{tuple(tensor.shape)} {tensor.dtype} here. Nothing was written"
-            )
-    return renamed
+    return {name: _part(core, name, tensor, renamed[name], what) for name, tensor in kept.items()}
+
+
+def _part(core: Core, name: str, kept: Tensor, saved: Tensor, what: str) -> Tensor:
+    """What belongs here of a saved tensor, after it was checked; a whole one is cut."""
+    here = core.source.shardings.get(name)
+    wrapped = kept if here is None else here.wrap(kept)
+    if not is_plain(local(saved)):
+        raise FileFormatError(f"the state is damaged: {name!r} in the {what} of the state is no plain tensor")
+    if saved.shape != wrapped.shape or saved.dtype != kept.dtype:
+        raise MismatchError(
+            f"{name!r} in the {what} of the state is {tuple(saved.shape)} {saved.dtype}, and "
+            f"{tuple(wrapped.shape)} {kept.dtype} here. Nothing was written"
+        )
+    if is_sharded(saved) and sharding_of(saved) != sharding_of(wrapped):
+        raise MismatchError(
+            f"{name!r} in the {what} of the state is {describe(sharding_of(saved))}, and "
+            f"{describe(sharding_of(wrapped))} here. Nothing was written. Save and load it by "
+            "torch.distributed.checkpoint, which lays it over other ranks"
+        )
+    return local(saved) if is_sharded(saved) or here is None else here.cut(saved)

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from polyak.core import Core
 from polyak.errors import StateError, listed
+from polyak.shards import local
 
 # Models in which an average stands. Other averagers of the same model must know, or they would average an average.
 _STANDING: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -39,6 +40,7 @@ def swap_in(core: Core, name: str) -> None:
     buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
     # A live module reads the store's tensors, which must stay averages then.
     core.store.swap_in(name, buffers=buffers, aside=len(core.live) > 0)
+    _note_changes(core)
 
 
 def swap_out(core: Core) -> list[str]:
@@ -48,7 +50,10 @@ def swap_out(core: Core) -> list[str]:
     """
     if core.swapped is None:
         return []
+    # A pass inside has left the average, whole, where the next one would take it for the weights.
+    core.source.reshard()
     changed = core.store.swap_out()
+    _note_changes(core)
     if core.training_hook is not None:
         core.training_hook.remove()
         core.training_hook = None
@@ -56,6 +61,11 @@ def swap_out(core: Core) -> list[str]:
     _STANDING.pop(core.source.bare, None)
     core.swapped = None
     return changed
+
+
+def _note_changes(core: Core) -> None:
+    """So that a graph which used a DTensor notices; the store has written to its local part."""
+    torch.autograd.graph.increment_version([e.tensor for e in core.source.entries if e.sharding is not None])
 
 
 @torch.no_grad()
@@ -67,12 +77,13 @@ def _take_back_replaced(core: Core, name: str) -> list[str]:
     raw, averages = core.store.raw(), core.store.tensors(name)
     parameters: list[str] = []
     for entry, site in core.source.replaced():
-        fits = entry.name in raw and site.tensor.shape == raw[entry.name].shape
+        found = local(site.tensor)
+        fits = entry.name in raw and found.shape == raw[entry.name].shape
         # What is equal already was taken back before this was interrupted.
-        if fits and not torch.equal(site.tensor, raw[entry.name]):
+        if fits and not torch.equal(found, raw[entry.name]):
             if not entry.is_parameter:
-                averages[entry.name].copy_(site.tensor)
-            site.tensor.copy_(raw[entry.name])
+                averages[entry.name].copy_(found)
+            found.copy_(raw[entry.name])
         if entry.is_parameter or not (fits or entry.is_loose):
             parameters.append(site.name)
     return parameters

@@ -20,6 +20,7 @@ from polyak.errors import StateError, listed, outside
 from polyak.kernels import cast_floating_point, check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
+from polyak.shards import local
 from polyak.source import Watch, match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
 
@@ -89,6 +90,7 @@ class AverageView:
     def weights(self) -> dict[str, Tensor]:
         """The average as a dictionary that loads strictly into the bare model; its tensors are copies.
 
+        Where the model is sharded they are whole, put together from all ranks, each of which must call this.
         Each name of a tied tensor has the same tensor. Entries that are not averaged are there as they are in the
         source, and so is what modules give by `get_extra_state`; non-persistent buffers are not.
         """
@@ -127,8 +129,8 @@ class AverageView:
         tensors = core.store.tensors(self.name)
         with torch.no_grad():
             copy_(
-                [found[entry.name][0].tensor for entry in entries],
-                [tensors.get(entry.name, entry.tensor) for entry in entries],
+                [local(found[entry.name][0].tensor) for entry in entries],
+                [tensors.get(entry.name, entry.local) for entry in entries],
             )
 
     def module(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -138,11 +140,13 @@ class AverageView:
             dtype: of its floating-point tensors. Default: as in the source.
 
         Raises:
-            StateError: the model cannot be copied, or its copy would read the trained weights; `swapped` always works.
+            StateError: the model is sharded, or cannot be copied, or its copy would read the trained weights; `swapped`
+                always works.
         """
         core = self._core
         if dtype is not None:
             check_floating_point(dtype)
+        self._check_whole("module()")
         core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
@@ -150,6 +154,15 @@ class AverageView:
             wanted = entry.tensor.dtype if dtype is None or not entry.tensor.is_floating_point() else dtype
             copies[entry.name] = tensors.get(entry.name, entry.tensor).detach().to(wanted, copy=True)
         return build_module(core.source.bare, core.source.entries, copies, owners=(self._owner, core))
+
+    def _check_whole(self, call: str) -> None:
+        sharded = list(self._core.source.shardings)
+        if sharded:
+            raise StateError(
+                f"{call} of a model that is sharded over ranks ({listed(sharded)}): what gathers its parts would go on "
+                "gathering those of the trained model. Use `with average.swapped(): ...`; or load average.weights(), "
+                "which is whole, into a model that is not sharded"
+            )
 
     def live_module(self) -> nn.Module:
         """A copy of the bare model, in eval mode, whose tensors are the average's own, and so follow every update.
@@ -163,6 +176,7 @@ class AverageView:
         """
         core = self._core
         check_not_standing(core.source.bare, "live_module()")
+        self._check_whole("live_module()")
         core.verify()
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
@@ -222,6 +236,8 @@ def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor], *, cl
     found: dict[str, Tensor] = {}
     for entry in entries:
         if entry.persistent_names:
-            tensor = tensors.get(entry.name, entry.tensor).detach()
+            tensor = tensors.get(entry.name, entry.local).detach()
+            if entry.sharding is not None:
+                tensor = entry.sharding.whole(tensor)
             found.update(dict.fromkeys(entry.persistent_names, tensor.clone() if clone else tensor))
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -22,6 +23,7 @@ class Row:
         seconds: what the averages are short of, one for each, where the sum is compensated; int16, see fractions.py.
         key: what makes the random bits of this tensor its own, where the averages are rounded stochastically.
         first: the number of the averages' first element in the whole tensor, where they are a part of it.
+        strides: of the whole tensor, where they are a part of it.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Row:
     seconds: tuple[Tensor, ...] = ()
     key: int | None = None
     first: int = 0
+    strides: tuple[int, ...] | None = None
 
     @property
     def mode(self) -> Mode:
@@ -53,7 +56,7 @@ def real_rows(row: Row) -> list[Row]:
         [[[1.0, 2.0]]]
     """
     if not row.source.is_complex():
-        return [row]
+        return [row] if row.key is None or row.strides is None else list(_stretches(row, row.strides))
     if not any(tensor.is_conj() for tensor in row.tensors):
         as_pairs = torch.view_as_real
         return [replace(row, source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
@@ -63,3 +66,25 @@ def real_rows(row: Row) -> list[Row]:
         replace(row, source=row.source.real, averages=tuple(a.real for a in row.averages), seconds=seconds[0]),
         replace(row, source=row.source.imag, averages=tuple(a.imag for a in row.averages), seconds=seconds[1]),
     ]
+
+
+def _stretches(row: Row, strides: tuple[int, ...]) -> Iterator[Row]:
+    """A part of a tensor, cut so that elements which follow one another in it do so in the whole, too.
+
+    Example:
+        >>> part = torch.zeros(2, 2)
+        >>> [each.first for each in _stretches(Row("x", part, (part,), key=1, first=1), (4, 1))]
+        [1, 5]
+    """
+    part = row.averages[0]
+    gaps = [d for d in range(part.dim()) if part.shape[d] > 1 and part.stride(d) != strides[d]]
+    if part.numel() == 0 or not gaps:
+        yield replace(row, strides=None)
+        return
+    # What is taken away last is what lies nearest in memory, of which the fewest stretches are cut.
+    dimension = max(gaps, key=lambda d: part.stride(d))
+    rest = strides[:dimension] + strides[dimension + 1 :]
+    for number in range(part.shape[dimension]):
+        source, *averages = (tensor.select(dimension, number) for tensor in row.tensors)
+        first = row.first + number * strides[dimension]
+        yield from _stretches(replace(row, source=source, averages=tuple(averages), first=first), rest)

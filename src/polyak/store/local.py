@@ -49,7 +49,7 @@ class LocalStore:
         averaged = [entry for entry in entries if entry.action == "average"]
         with torch.inference_mode(False):
             self.averages: dict[str, dict[str, Tensor]] = {
-                profile: {entry.name: self.modes.average_of(entry.tensor, device) for entry in averaged}
+                profile: {entry.name: self.modes.average_of(entry.local, device) for entry in averaged}
                 for profile in profiles
             }
             self.seconds = {
@@ -80,7 +80,8 @@ class LocalStore:
         store = LocalStore(entries, self.averages, modes=self.modes, device=self._device)
         for profile, averages in store.averages.items():
             for name, tensor in averages.items():
-                kept = self.averages[profile].get(name)
+                same = self._shardings.get(name) == store._shardings.get(name)
+                kept = self.averages[profile].get(name) if same else None
                 if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
                     tensor.copy_(kept)
                     if name in store.seconds[profile]:
@@ -100,7 +101,8 @@ class LocalStore:
             return
         # Scratch memory and views that are made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self._sources = {entry.name: entry.tensor.detach() for entry in entries if entry.action != "skip"}
+            self._sources = {entry.name: entry.local.detach() for entry in entries if entry.action != "skip"}
+            self._shardings = {e.name: e.sharding for e in entries if e.sharding is not None}
             self._follow_copies([entry for entry in entries if entry.action == "copy"])
             self._plan_updates()
         self._entries = entries
@@ -111,9 +113,9 @@ class LocalStore:
         self.copies = {}
         for entry in entries:
             copy = kept.get(entry.name)
-            if copy is None or copy.shape != entry.tensor.shape or copy.dtype != entry.tensor.dtype:
-                copy = torch.empty_like(entry.tensor, device=self._device, requires_grad=False).detach()
-                copy.copy_(entry.tensor.detach())
+            if copy is None or copy.shape != entry.local.shape or copy.dtype != entry.local.dtype:
+                copy = torch.empty_like(entry.local, device=self._device, requires_grad=False).detach()
+                copy.copy_(entry.local.detach())
             self.copies[entry.name] = copy
 
     def _plan_updates(self) -> None:
@@ -129,7 +131,10 @@ class LocalStore:
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
         seconds = tuple(seconds[name] for seconds in self.seconds.values() if name in seconds)
-        return Row(name, self._sources[name], averages, seconds, self.modes.key_of(name, averages[0]))
+        key, sharding = self.modes.key_of(name, averages[0]), self._shardings.get(name)
+        if key is None or sharding is None:
+            return Row(name, self._sources[name], averages, seconds, key)
+        return Row(name, self._sources[name], averages, seconds, key, sharding.first, sharding.stride)
 
     def begin(self) -> None:
         """Takes the sources as the averages, with nothing pending."""

@@ -1,0 +1,169 @@
+"""Tensors whose parts are on several ranks: the part that is here, where it lies in the whole, and the whole.
+
+What averages, swaps and saves is given the local part, a plain tensor, and knows nothing of the others. Nothing here
+sends a message but `whole` and `any_rank`. torch's part for it is looked for, not imported: who has none of its tensors
+need not wait for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from polyak.errors import StateError
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, replicated ones included.
+
+    Example:
+        >>> is_sharded(torch.ones(2))
+        False
+    """
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: of a plain one, itself."""
+    return cast("Any", tensor)._local_tensor if is_sharded(tensor) else tensor
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a tensor lies over the ranks.
+
+    Attributes:
+        mesh: the ranks, as torch's DeviceMesh.
+        placements: one for each dimension of the mesh.
+        shape: of the whole.
+        stride: of the whole.
+    """
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.placements} over a mesh of {tuple(self.mesh.shape)} ranks"
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether the whole is a sum over ranks, and no rank holds elements of it."""
+        return any(placement.is_partial() for placement in self.placements)
+
+    def wrap(self, part: Tensor) -> Tensor:
+        """The DTensor of which this is the part that is here; complex numbers may be given as pairs of real ones."""
+        from torch.distributed.tensor import DTensor
+
+        shape, stride = tuple(self.shape), self.stride
+        if part.dim() == len(shape) + 1:
+            shape, stride = (*shape, 2), (*(2 * each for each in stride), 1)
+        # Shape and stride are not left to be inferred, which goes wrong where ranks have parts of different sizes.
+        return DTensor.from_local(
+            part.detach(), self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=stride
+        )
+
+    def whole(self, part: Tensor) -> Tensor:
+        """All parts put together. Every rank of the mesh must ask for it."""
+        return cast("Any", self.wrap(part)).full_tensor()
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """The part of a whole tensor that belongs here."""
+        for dimension, places in enumerate(self._places):
+            whole = whole.index_select(dimension, places.to(whole.device))
+        return whole
+
+    @property
+    def first(self) -> int:
+        """The place of the part's first element in the memory of the whole.
+
+        Raises:
+            StateError: the part is not one block of the whole.
+        """
+        for places in self._places:
+            if len(places) and int(places[-1]) - int(places[0]) + 1 != len(places):
+                raise StateError(
+                    f"a tensor of shape {tuple(self.shape)} is sharded as {self}, where a rank holds several blocks "
+                    "of it; averages that are rounded stochastically need one block a rank. Leave dtype= out"
+                )
+        return sum(
+            int(places[0]) * stride for places, stride in zip(self._places, self.stride, strict=True) if len(places)
+        )
+
+    @functools.cached_property
+    def _places(self) -> list[Tensor]:
+        """For each dimension, the indices in the whole of what is here."""
+        coordinates: list[int] | None = self.mesh.get_coordinate()
+        if coordinates is None:
+            return [torch.arange(0, device="cpu") for _ in self.shape]
+        found: list[Tensor] = []
+        for dimension, size in enumerate(self.shape):
+            # A line along this dimension, for placements split a tensor along the dimension that they name.
+            line = torch.arange(size, device="cpu").view([-1 if d == dimension else 1 for d in range(len(self.shape))])
+            for number, placement in enumerate(self.placements):
+                if getattr(placement, "dim", None) == dimension:
+                    pieces, _ = placement._split_tensor(line, self.mesh.size(number), with_padding=False)
+                    line = pieces[coordinates[number]]
+            found.append(line.flatten())
+        return found
+
+
+def sharding_of(tensor: Tensor) -> Sharding | None:
+    """How a DTensor lies over the ranks; None for a plain tensor."""
+    if not is_sharded(tensor):
+        return None
+    kept = cast("Any", tensor)
+    return Sharding(kept.device_mesh, tuple(kept.placements), kept.shape, tuple(kept.stride()))
+
+
+def describe(sharding: Sharding | None) -> str:
+    """For errors."""
+    return "not sharded" if sharding is None else f"sharded as {sharding}"
+
+
+@torch.no_grad()
+def reshard(model: nn.Module) -> None:
+    """Lets every part of a model that `fully_shard` manages hold its shards, and forget what it has gathered.
+
+    After a forward pass without gradients some parts keep whole parameters, which are neither the ones that an
+    optimizer trains nor see what is written to those: the next pass would use them as they are.
+    """
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None:
+        return
+    for module in model.modules():
+        if isinstance(module, kind):
+            managed = cast("Any", module)
+            managed.reshard()
+            for group in _groups(managed):
+                # Where a pass was interrupted, groups still wait for its end, or for parameters that are on their way.
+                if getattr(group, "_all_gather_result", None) is not None:
+                    group.wait_for_unshard()
+                if not group.is_sharded:
+                    group._to_sharded()
+
+
+def _groups(module: Any) -> Iterable[Any]:
+    state = module._get_fsdp_state()
+    only = getattr(state, "_fsdp_param_group", None)
+    return getattr(state, "_fsdp_param_groups", [] if only is None else [only])
+
+
+def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
+    """Whether it is so on any rank of these meshes; every one of them must ask, and waits for the others."""
+    from torch import distributed
+
+    for mesh in meshes:
+        flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
+        for dimension in range(mesh.ndim):
+            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=mesh.get_group(dimension))  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half untyped
+        mine = bool(flag.item())
+    return mine
