@@ -249,3 +249,34 @@ def frozen_shards_are_watched(folder):
             average.state_dict()
     average.load_state_dict(state)
     average.state_dict()
+
+
+@on(4)
+def ranks_agree_on_what_is_not_finite(folder):
+    for lay in (lambda model: shard(model), lambda model: shard(model, sharded_zoo.mesh_of(2, 2))):
+        (model, twin), (other, _) = make(), make()
+        lay(model), lay(other)
+        average = polyak.WeightAverage(model, PROFILES, nonfinite="skip")
+        strict = polyak.WeightAverage(model, PROFILES, nonfinite="raise")
+        mirror = Mirror(twin, nonfinite="skip")
+        for step in range(4):
+            sharded_zoo.drift(model, torch.Generator().manual_seed(step))
+            kept = model.back.weight._local_tensor.clone()
+            if step in (1, 2) and distributed.get_rank() == step - 1:
+                model.back.weight._local_tensor[0, 0] = float("nan")
+            with CommDebugMode() as counter:
+                average.update()
+            assert counter.get_total_counts() <= 2
+            if step in (1, 2):
+                own = distributed.get_rank() == step - 1
+                text = "in 'back.weight'" if own else "in parts that other ranks have"
+                with pytest.raises(polyak.StateError, match=text):
+                    strict.update()
+            mirror.model.load_state_dict(sharded_zoo.whole(model))
+            if step in (1, 2):
+                # Where shards are replicated, only one of the two has it.
+                mirror.model.back.weight.detach()[0, 0] = float("nan")
+            mirror.average.update()
+            assert average.num_updates == mirror.average.num_updates == (1, 1, 1, 2)[step]
+            mirror.check(average)
+            model.back.weight._local_tensor.copy_(kept)

@@ -12,7 +12,7 @@ from torch import distributed
 
 import ranks
 
-MODULES = ["sharded_checks", "sharded_state_checks", "sharded_layout_checks"]
+MODULES = ["sharded_checks", "sharded_state_checks", "sharded_layout_checks", "sharded_export_checks"]
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(

@@ -16,6 +16,7 @@ from polyak.clock import Clock
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules, extra_states
 from polyak.errors import StateError, listed
+from polyak.exporting import by_every_name
 from polyak.kernels import Plan
 from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
@@ -23,7 +24,7 @@ from polyak.source import Source
 from polyak.state import load_state, save_state
 from polyak.store import LocalStore, Modes
 from polyak.swapping import check_not_standing, raise_if_changed, swap_out
-from polyak.view import AverageView, by_every_name
+from polyak.view import AverageView
 
 _ONLY = "average"
 _ADAPT = ". Where the model was changed on purpose, adapt() follows it; a new model needs a new average"
@@ -60,7 +61,8 @@ class WeightAverage:
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
             "raise" raises, on a GPU at the next call; "skip" leaves the update out, exactly as if it had not been due.
             Both read the weights once more, which makes an update up to three quarters longer, so that "propagate",
-            which takes the weights as they are, is the default.
+            which takes the weights as they are, is the default. The ranks of a sharded model agree, by a message of 4
+            bytes at each update, the only one that is ever sent there, and wait for it.
 
     Raises:
         StateError: there is nothing to average, or a tensor that cannot be averaged.

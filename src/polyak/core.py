@@ -16,6 +16,7 @@ from polyak.clock import Clock
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
 from polyak.profiles import Profile
+from polyak.shards import any_rank
 from polyak.source import Source, Watch
 from polyak.store import LocalStore, Step
 
@@ -105,7 +106,9 @@ class Core:
         if clock.num_updates > self.clock.num_updates:
             growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
             self.follow_source()
-            if look and self.store.decide_on_device(self.clock.num_updates) is not None:
+            # One device does not know what others have found.
+            on_device = look and not self.source.meshes
+            if on_device and self.store.decide_on_device(self.clock.num_updates) is not None:
                 self._raise_late()
             elif look and not self._check_finite():
                 # As if no update had been due: the next one reaches back to the last that was made.
@@ -128,6 +131,11 @@ class Core:
 
     def advance(self, at: float | None) -> None:
         """One call of the clock, whose growth stays pending on the device until an update there applies it."""
+        if self.nonfinite != "propagate" and self.source.meshes:
+            raise StateError(
+                f"advance() with nonfinite={self.nonfinite!r} of a model that is sharded over ranks: they agree on "
+                "each update, which one that is captured in a CUDA graph cannot. Leave nonfinite= out"
+            )
         clock = self.clock.tick(at)
         self.follow_source()
         guard = self.store.decide_on_device(self.clock.num_updates)
@@ -155,9 +163,11 @@ class Core:
 
     def _check_finite(self) -> bool:
         names = self.store.non_finite()
-        if names and self.nonfinite == "raise":
+        if not any_rank(len(names) > 0, self.source.meshes):
+            return True
+        if self.nonfinite == "raise":
             raise StateError(_non_finite(names, when="holds"))
-        return not names
+        return False
 
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""
@@ -194,7 +204,8 @@ class Core:
 
 
 def _non_finite(names: list[str], *, when: str) -> str:
+    where = listed(names) or "parts that other ranks have"
     return (
-        f"the model {when} NaNs or infinities in {listed(names)}, which would stay in the average for ever. The "
+        f"the model {when} NaNs or infinities in {where}, which would stay in the average for ever. The "
         "average is as it was; with nonfinite='skip' such updates are left out"
     )

@@ -1,20 +1,21 @@
 """Tensors whose parts are on several ranks: the part that is here, where it lies in the whole, and the whole.
 
 What averages, swaps and saves is given the local part, a plain tensor, and knows nothing of the others. Nothing here
-sends a message but `whole` and `any_rank`. torch's part for it is looked for, not imported: who has none of its tensors
-need not wait for it.
+sends a message but `whole`, `any_rank` and `all_or_none`. torch's part for it is looked for, not imported: who has none
+of its tensors need not wait for it.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from polyak.errors import StateError
 
@@ -73,7 +74,7 @@ class Sharding:
 
     def whole(self, part: Tensor) -> Tensor:
         """All parts put together. Every rank of the mesh must ask for it."""
-        return cast("Any", self.wrap(part)).full_tensor()
+        return whole(self.wrap(part))
 
     def cut(self, whole: Tensor) -> Tensor:
         """The part of a whole tensor that belongs here."""
@@ -124,6 +125,11 @@ def sharding_of(tensor: Tensor) -> Sharding | None:
     return Sharding(kept.device_mesh, tuple(kept.placements), kept.shape, tuple(kept.stride()))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of a tensor put together, for which every rank must ask; a plain one itself."""
+    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
+
+
 def describe(sharding: Sharding | None) -> str:
     """For errors."""
     return "not sharded" if sharding is None else f"sharded as {sharding}"
@@ -159,11 +165,36 @@ def _groups(module: Any) -> Iterable[Any]:
 
 def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
     """Whether it is so on any rank of these meshes; every one of them must ask, and waits for the others."""
-    from torch import distributed
-
     for mesh in meshes:
         flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
         for dimension in range(mesh.ndim):
             distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=mesh.get_group(dimension))  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half untyped
         mine = bool(flag.item())
     return mine
+
+
+def meshes_of(shardings: Iterable[Sharding]) -> list[Any]:
+    """The meshes that this rank is in, each once, the largest last: what all of its ranks know then, all know."""
+    found = dict.fromkeys(sharding.mesh for sharding in shardings)
+    return sorted((mesh for mesh in found if mesh.get_coordinate() is not None), key=lambda mesh: mesh.size())
+
+
+def is_first(meshes: Sequence[Any]) -> bool:
+    """Whether this rank is the one that acts for all of these meshes; alone it does."""
+    return not meshes or not any(meshes[-1].get_coordinate())
+
+
+@contextmanager
+def all_or_none(meshes: Sequence[Any], what: str) -> Generator[None, None, None]:
+    """Every rank comes out of the `with`, or every rank raises; each of them must go in, and waits for the others.
+
+    Raises:
+        StateError: another rank raised an error.
+    """
+    try:
+        yield
+    except BaseException:
+        any_rank(True, meshes)
+        raise
+    if any_rank(False, meshes):
+        raise StateError(f"{what}: another rank raised an error, which says why. Nothing was written")

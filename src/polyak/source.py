@@ -15,7 +15,7 @@ from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwr
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
-from polyak.shards import Sharding, describe, is_sharded, local, reshard, sharding_of
+from polyak.shards import describe, is_sharded, local, meshes_of, reshard, sharding_of
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _IS_SOMETHING = partial(is_not, None)
@@ -81,6 +81,14 @@ class Source:
     `is_current` is the quick check, for every update. `refresh` is the thorough one: it walks the model again, and
     either takes the new tensors under the old names or raises.
 
+    Attributes:
+        model: bare or wrapped.
+        bare: without what wraps it.
+        entries: its tensors.
+        shardings: how entries lie over the ranks, by name; plain ones are not among them.
+        meshes: the ranks over which they lie.
+        frozen_sums: the sums of the bits of frozen parameters, by name.
+
     Args:
         model: bare or wrapped.
         rules: what to do with which tensors.
@@ -113,6 +121,8 @@ class Source:
         self.bare = unwrap(self.model)
         self.entries = entries
         self._views = {entry.name: _view(entry.tensor) for entry in entries}
+        self.shardings = {entry.name: entry.sharding for entry in entries if entry.sharding is not None}
+        self.meshes = meshes_of(self.shardings.values())
         self._frozen = {entry.name: entry.tensor for entry in entries if entry.reason == "frozen"}
         self._watch = Watch(self.model)
 
@@ -130,11 +140,6 @@ class Source:
     def is_current(self) -> bool:
         """Whether every entry is still the same tensor at the same address."""
         return self._watch.is_current()
-
-    @property
-    def shardings(self) -> dict[str, Sharding]:
-        """How entries lie over the ranks, by name; plain ones are not among them."""
-        return {entry.name: entry.sharding for entry in self.entries if entry.sharding is not None}
 
     def reshard(self) -> None:
         """Lets a model that is sharded hold its shards, wherever its last pass has left whole parameters."""

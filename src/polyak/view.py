@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
-from polyak.checkpoints import write_safetensors
 from polyak.core import Core
-from polyak.entries import Entry, extra_states
-from polyak.errors import StateError, listed, outside
-from polyak.kernels import cast_floating_point, check_floating_point, copy_
+from polyak.entries import extra_states
+from polyak.errors import StateError, listed
+from polyak.exporting import by_every_name, export
+from polyak.kernels import check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.shards import local
 from polyak.source import Watch, match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
-
-_PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
 
 
 class AverageView:
@@ -190,6 +183,9 @@ class AverageView:
         The file has the names of `weights()`. Of a model with peft adapters only the active adapter is written, in
         peft's own form; where `path` is a directory, it is one that `PeftModel.from_pretrained` loads.
 
+        Where the model is sharded, every rank must call this: all of them return, or all of them raise. The first rank
+        of the mesh writes, and the tensors are put together one by one.
+
         Args:
             path: the file; or the directory of an adapter, which must exist.
             dtype: of its floating-point tensors. Default: the average's.
@@ -198,46 +194,6 @@ class AverageView:
             OSError: the file cannot be written; one that was there is as it was.
             ValueError: the name is one for files of another kind, a dtype is unknown to the format, or a number is too
                 large for `dtype`.
-            StateError: a frozen parameter has changed.
+            StateError: a frozen parameter has changed; or another rank raised an error.
         """
-        core = self._core
-        if dtype is not None:
-            check_floating_point(dtype)
-        core.verify_values()
-        core.warn_if_never_updated("exported")
-        bare = core.source.bare
-        tensors = by_every_name(core.source.entries, core.store.tensors(self.name), clone=False)
-        left_out = extra_states(bare)
-        if left_out:
-            warnings.warn(f"left out of the file, which holds tensors only: {listed(left_out)}", stacklevel=outside())
-        target = Path(path)
-        if target.suffix in _PICKLED:
-            raise ValueError(
-                f"{os.fspath(path)!r}: an export is a safetensors file, and {target.suffix} says that it is one of "
-                "torch.save; name it .safetensors, or polyak.save(average.weights(), ...)"
-            )
-        if is_adapted(bare):
-            tensors = adapter_weights(bare, tensors)
-            if target.is_dir():
-                write_adapter_config(bare, target)
-                target = target / ADAPTER_FILE
-        if dtype is not None:
-            tensors = {name: cast_floating_point(t, dtype, what=repr(name)) for name, t in tensors.items()}
-        metadata = {
-            "profile": json.dumps(self.profile.describe()),
-            "time": repr(core.clock.time),
-            "num_updates": str(core.clock.num_updates),
-        }
-        write_safetensors(target, tensors, metadata=metadata)
-
-
-def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor], *, clone: bool = True) -> dict[str, Tensor]:
-    """Tensors under each name that the bare model's `state_dict` has for them; those not given are the source's."""
-    found: dict[str, Tensor] = {}
-    for entry in entries:
-        if entry.persistent_names:
-            tensor = tensors.get(entry.name, entry.local).detach()
-            if entry.sharding is not None:
-                tensor = entry.sharding.whole(tensor)
-            found.update(dict.fromkeys(entry.persistent_names, tensor.clone() if clone else tensor))
-    return found
+        export(self._core, self.name, path, dtype=dtype)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import BinaryIO, cast
 
 import torch
@@ -23,28 +23,45 @@ _CHUNK = 1 << 24
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    give: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Writes tensors by name to a safetensors file; a tensor with several names is written under each.
 
     The metadata gets `polyak.checksums`: JSON of the first 16 hexadecimal digits of the SHA-256 of each tensor's bytes
     in the file, by its name. One tensor at a time is copied, where it is on another device or not contiguous.
 
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: of the file.
+        give: gives a tensor by its name, in the order of `in_file_order`, each once, where `tensors` says only of which
+            dtypes and shapes they are.
+
     Raises:
         OSError: the file cannot be written; one that was there is as it was.
         ValueError: the format has no such tensors.
     """
     with replacing(path, num_bytes=num_file_bytes(tensors, metadata=metadata)) as file:
-        write_tensors(file, tensors, metadata=metadata)
+        write_tensors(file, tensors, metadata=metadata, give=give)
 
 
-def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    file: BinaryIO,
+    tensors: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, str],
+    give: Callable[[str], Tensor] | None = None,
+) -> None:
     """Writes what a safetensors file consists of to a file that is open."""
     # The header stands first and holds the checksums, so it is written a second time, with the same length.
     checksums = dict.fromkeys(tensors, "0" * CHECKSUM_DIGITS)
     file.write(_header(tensors, metadata=metadata, checksums=checksums))
-    for name in _in_file_order(tensors):
-        content = _content(tensors[name])
+    for name in in_file_order(tensors):
+        content = _content(tensors[name] if give is None else give(name))
         digest = hashlib.sha256()
         # By chunks, so that a tensor that somebody changes meanwhile is written as it was when it was summed.
         for start in range(0, len(content), _CHUNK):
@@ -77,7 +94,7 @@ def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], check
     """Its length in 8 bytes, then JSON, filled with spaces so that the tensors begin at a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata, CHECKSUMS: json.dumps(checksums)}}
     end = 0
-    for name in _in_file_order(tensors):
+    for name in in_file_order(tensors):
         tensor = tensors[name]
         start, end = end, end + tensor.nbytes
         entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
@@ -86,8 +103,8 @@ def _header(tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str], check
     return len(text).to_bytes(8, "little") + text
 
 
-def _in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Large elements first, so that each begins at a multiple of its own size."""
+def in_file_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names, large elements first, so that each begins at a multiple of its own size."""
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 

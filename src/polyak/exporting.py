@@ -1,0 +1,116 @@
+"""The average under the names of the bare model: as a dictionary, and as a file for others to load."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
+from polyak.checkpoints import in_file_order, write_safetensors
+from polyak.core import Core
+from polyak.entries import Entry, extra_states
+from polyak.errors import listed, outside
+from polyak.kernels import cast_floating_point, check_floating_point, is_plain
+from polyak.shards import all_or_none, is_first, local, whole
+
+_PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
+
+
+def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors, whole, under each name that the bare model's `state_dict` has for them.
+
+    Those not given are the source's. Where one is sharded, every rank must ask for it.
+    """
+    found = live_by_every_name(entries, tensors)
+    # Each name of a tied tensor has the same copy.
+    copies = {key: _copy(tensor) for key, tensor in {id(tensor): tensor for tensor in found.values()}.items()}
+    return {name: copies[id(tensor)] for name, tensor in found.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    together = whole(tensor)
+    return together.clone() if together is tensor else together
+
+
+def live_by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors themselves, as they lie over the ranks."""
+    found: dict[str, Tensor] = {}
+    for entry in entries:
+        if entry.persistent_names:
+            tensor = tensors.get(entry.name, entry.local).detach()
+            if entry.sharding is not None:
+                tensor = entry.sharding.wrap(tensor)
+            found.update(dict.fromkeys(entry.persistent_names, tensor))
+    return found
+
+
+def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.dtype | None) -> None:
+    """Writes an average to a file; see `AverageView.export`.
+
+    Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
+    """
+    meshes = core.source.meshes
+    what = f"export({os.fspath(path)!r})"
+    with all_or_none(meshes, what):
+        target, tensors = _prepare(core, name, path, dtype, writes=is_first(meshes))
+    metadata = {
+        "profile": json.dumps(core.profiles[name].describe()),
+        "time": repr(core.clock.time),
+        "num_updates": str(core.clock.num_updates),
+    }
+    given = iter(in_file_order(tensors))
+
+    def give(key: str) -> Tensor:
+        assert next(given) == key
+        return whole(tensors[key])
+
+    with all_or_none(meshes, what):
+        try:
+            if is_first(meshes):
+                write_safetensors(target, tensors, metadata=metadata, give=give)
+        finally:
+            # Whatever became of the file, others wait for what this rank has of each tensor.
+            for key in given:
+                whole(tensors[key])
+
+
+def _prepare(
+    core: Core, name: str, path: str | os.PathLike[str], dtype: torch.dtype | None, *, writes: bool
+) -> tuple[Path, dict[str, Tensor]]:
+    """The file, and the tensors that are to be in it, as they lie over the ranks."""
+    if dtype is not None:
+        check_floating_point(dtype)
+    core.verify_values()
+    core.warn_if_never_updated("exported")
+    bare = core.source.bare
+    tensors = live_by_every_name(core.source.entries, core.store.tensors(name))
+    left_out = extra_states(bare)
+    if left_out:
+        warnings.warn(f"left out of the file, which holds tensors only: {listed(left_out)}", stacklevel=outside())
+    target = Path(path)
+    if target.suffix in _PICKLED:
+        raise ValueError(
+            f"{os.fspath(path)!r}: an export is a safetensors file, and {target.suffix} says that it is one of "
+            "torch.save; name it .safetensors, or polyak.save(average.weights(), ...)"
+        )
+    if is_adapted(bare):
+        tensors = adapter_weights(bare, tensors)
+        if target.is_dir():
+            if writes:
+                write_adapter_config(bare, target)
+            target = target / ADAPTER_FILE
+    if dtype is not None:
+        tensors = {name: _cast(name, tensor, dtype) for name, tensor in tensors.items()}
+    return target, tensors
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # What each rank has is looked at where it is.
+    made = cast_floating_point(local(tensor), dtype, what=repr(name))
+    return made if is_plain(tensor) else tensor.to(made.dtype)
