@@ -84,7 +84,8 @@ def _run(size, checks, folder):
 
 def main(folder, names):
     warnings.simplefilter("error")
-    warnings.simplefilter("ignore", DeprecationWarning)
+    for kind in (DeprecationWarning, FutureWarning):
+        warnings.simplefilter("ignore", kind)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     modules = [importlib.import_module(name) for name in names]
     checks = {name: check for module in modules for name, check in checks_of(module).items()}

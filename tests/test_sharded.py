@@ -12,7 +12,14 @@ from torch import distributed
 
 import ranks
 
-MODULES = ["sharded_checks", "sharded_state_checks", "sharded_layout_checks", "sharded_export_checks"]
+MODULES = [
+    "sharded_checks",
+    "sharded_state_checks",
+    "sharded_layout_checks",
+    "sharded_export_checks",
+    "sharded_flat_checks",
+    "sharded_sync_checks",
+]
 HERE = Path(__file__).parent
 
 pytestmark = pytest.mark.skipif(

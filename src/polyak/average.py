@@ -16,7 +16,7 @@ from polyak.clock import Clock
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules, extra_states
 from polyak.errors import StateError, listed
-from polyak.exporting import by_every_name
+from polyak.exporting import by_every_name, check_can_be_whole
 from polyak.kernels import Plan
 from polyak.profiles import Power, Profile
 from polyak.report import Report, make_report
@@ -24,6 +24,7 @@ from polyak.source import Source
 from polyak.state import load_state, save_state
 from polyak.store import LocalStore, Modes
 from polyak.swapping import check_not_standing, raise_if_changed, swap_out
+from polyak.syncing import check_in_sync
 from polyak.view import AverageView
 
 _ONLY = "average"
@@ -105,6 +106,11 @@ class WeightAverage:
         clock = Clock(every=every, start=float(start) if type(start) is int else start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
         modes = Modes(dtype, compensated, seed)
+        if source.flat_rank is not None and (modes.is_stochastic or nonfinite != "propagate"):
+            raise StateError(
+                f"dtype={dtype}, nonfinite={nonfinite!r}: under FullyShardedDataParallel averages are not kept in 16 "
+                "bits, and not looked at for NaNs; leave these out, or shard the model by fully_shard (FSDP2)"
+            )
         store = LocalStore(
             source.entries, profiles, modes=modes, device=None if device is None else torch.device(device)
         )
@@ -302,6 +308,7 @@ class WeightAverage:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
         core = self._core
         core.verify()
+        check_can_be_whole(core, "raw_weights()")
         return by_every_name(core.source.entries, core.store.raw()) | extra_states(core.source.model)
 
     def write_back(self) -> None:
@@ -361,6 +368,21 @@ class WeightAverage:
         check_not_standing(self._core.source.bare, "load_state_dict()")
         self._core.check_live()
         load_state(self._core, state)
+
+    def check_in_sync(self, *, buffers: bool = True, group: Any = None) -> None:
+        """Compares the averages of all ranks, bit for bit; nothing else does, because no update sends a message.
+
+        Every rank must call it, and waits for the others. It reads all averages, and sends 16 bytes of each tensor.
+        Parts of a sharded model are compared where ranks have the same ones. Without torch.distributed it does nothing.
+
+        Args:
+            buffers: compare these too. DistributedDataParallel lets each rank have its own.
+            group: the ranks, as torch's process group. Default: all.
+
+        Raises:
+            MismatchError: ranks have different averages, or made different updates; every rank raises it.
+        """
+        check_in_sync(self._core, buffers=buffers, group=group)
 
     def report(self, *, total: float | None = None) -> Report:
         """What was done so far, and what is done to which tensor; print it.

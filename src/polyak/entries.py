@@ -21,7 +21,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from polyak.errors import MismatchError, StateError, listed, outside
 from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
-from polyak.shards import Sharding, is_sharded, local, reshard, sharding_of
+from polyak.resharding import flat_rank, reshard
+from polyak.shards import Sharding, is_sharded, local, sharding_of
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
 RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"
@@ -180,8 +181,9 @@ def gather(model: nn.Module) -> list[list[Site]]:
         raise StateError(f"{type(model).__name__} is a TorchScript module; average the module that it was made of")
     reshard(model)
     ties: dict[Any, list[Site]] = {}
+    is_flat = flat_rank(model) is not None
     for site in walk(model):
-        _check_initialised(site)
+        _check_initialised(site, may_be_empty=is_flat or is_sharded(site.tensor))
         ties.setdefault(identity(site.tensor), []).append(site)
     return list(ties.values())
 
@@ -294,7 +296,7 @@ def _is_spectral_vector(site: Site) -> bool:
     return any(isinstance(hook, SpectralNorm) and site.key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)
 
 
-def _check_initialised(site: Site) -> None:
+def _check_initialised(site: Site, *, may_be_empty: bool) -> None:
     tensor = local(site.tensor)
     if nn.parameter.is_lazy(tensor):
         raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
@@ -305,7 +307,7 @@ def _check_initialised(site: Site) -> None:
             f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
             "average reads them"
         )
-    if site.is_parameter and tensor.numel() == 0 and not is_sharded(site.tensor):
+    if site.is_parameter and tensor.numel() == 0 and not may_be_empty:
         raise StateError(
             f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "
             "the values away; average under ZeRO-2, which leaves them whole"

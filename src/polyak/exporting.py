@@ -15,7 +15,7 @@ from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_ada
 from polyak.checkpoints import in_file_order, write_safetensors
 from polyak.core import Core
 from polyak.entries import Entry, extra_states
-from polyak.errors import listed, outside
+from polyak.errors import StateError, listed, outside
 from polyak.kernels import cast_floating_point, check_floating_point, is_plain
 from polyak.shards import all_or_none, is_first, local, whole
 
@@ -50,11 +50,22 @@ def live_by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) 
     return found
 
 
+def check_can_be_whole(core: Core, call: str) -> None:
+    """Raises where no rank can put a tensor together."""
+    if core.source.flat_rank is not None:
+        raise StateError(
+            f"{call} of a model that FullyShardedDataParallel spreads over {core.source.flat_rank[1]} ranks: each has "
+            "stretches of parameters, without their shapes. Inside of `with average.swapped(): ...` it is what "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict gives; or shard by fully_shard (FSDP2)"
+        )
+
+
 def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.dtype | None) -> None:
     """Writes an average to a file; see `AverageView.export`.
 
     Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
     """
+    check_can_be_whole(core, "export()")
     meshes = core.source.meshes
     what = f"export({os.fspath(path)!r})"
     with all_or_none(meshes, what):

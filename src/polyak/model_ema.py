@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polyak.checkpoints import read_dictionary
 from polyak.entries import unwrap, walk
-from polyak.errors import FileFormatError, MismatchError
+from polyak.errors import FileFormatError, MismatchError, StateError
 from polyak.kernels import check_floating_point, dead_zone
 from polyak.modules import build_module
 from polyak.names import match
@@ -84,6 +84,11 @@ class ModelEma:
         self.ema_has_module = hasattr(model, "module")
         chosen = None if device is None or device == "" else torch.device(device)
         self._source = Source(model, {}, include_frozen=True, any_device=chosen is not None)
+        if self._source.shardings or self._source.flat_rank is not None:
+            raise StateError(
+                f"ModelEma keeps a whole module, and this {type(unwrap(model)).__name__} is sharded over ranks; "
+                "polyak.WeightAverage averages shards where they are"
+            )
         self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen)
         self._store.lent = True
         bare = unwrap(model)

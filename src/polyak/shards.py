@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 from polyak.errors import StateError
 
@@ -59,6 +59,14 @@ class Sharding:
     def is_partial(self) -> bool:
         """Whether the whole is a sum over ranks, and no rank holds elements of it."""
         return any(placement.is_partial() for placement in self.placements)
+
+    @property
+    def label(self) -> str:
+        """The same on all ranks that have the same part of the whole."""
+        where = cast("list[int] | None", self.mesh.get_coordinate()) or [-1] * len(self.placements)
+        return str(
+            [place for place, placement in zip(where, self.placements, strict=True) if not placement.is_replicate()]
+        )
 
     def wrap(self, part: Tensor) -> Tensor:
         """The DTensor of which this is the part that is here; complex numbers may be given as pairs of real ones."""
@@ -133,34 +141,6 @@ def whole(tensor: Tensor) -> Tensor:
 def describe(sharding: Sharding | None) -> str:
     """For errors."""
     return "not sharded" if sharding is None else f"sharded as {sharding}"
-
-
-@torch.no_grad()
-def reshard(model: nn.Module) -> None:
-    """Lets every part of a model that `fully_shard` manages hold its shards, and forget what it has gathered.
-
-    After a forward pass without gradients some parts keep whole parameters, which are neither the ones that an
-    optimizer trains nor see what is written to those: the next pass would use them as they are.
-    """
-    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    if kind is None:
-        return
-    for module in model.modules():
-        if isinstance(module, kind):
-            managed = cast("Any", module)
-            managed.reshard()
-            for group in _groups(managed):
-                # Where a pass was interrupted, groups still wait for its end, or for parameters that are on their way.
-                if getattr(group, "_all_gather_result", None) is not None:
-                    group.wait_for_unshard()
-                if not group.is_sharded:
-                    group._to_sharded()
-
-
-def _groups(module: Any) -> Iterable[Any]:
-    state = module._get_fsdp_state()
-    only = getattr(state, "_fsdp_param_group", None)
-    return getattr(state, "_fsdp_param_groups", [] if only is None else [only])
 
 
 def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:

@@ -15,7 +15,8 @@ from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwr
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
-from polyak.shards import describe, is_sharded, local, meshes_of, reshard, sharding_of
+from polyak.resharding import flat_rank, reshard
+from polyak.shards import describe, is_sharded, local, meshes_of, sharding_of
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _IS_SOMETHING = partial(is_not, None)
@@ -87,6 +88,7 @@ class Source:
         entries: its tensors.
         shardings: how entries lie over the ranks, by name; plain ones are not among them.
         meshes: the ranks over which they lie.
+        flat_rank: this one's number and that of all, where FSDP's first kind spreads stretches of parameters over them.
         frozen_sums: the sums of the bits of frozen parameters, by name.
 
     Args:
@@ -123,6 +125,7 @@ class Source:
         self._views = {entry.name: _view(entry.tensor) for entry in entries}
         self.shardings = {entry.name: entry.sharding for entry in entries if entry.sharding is not None}
         self.meshes = meshes_of(self.shardings.values())
+        self.flat_rank = flat_rank(self.model)
         self._frozen = {entry.name: entry.tensor for entry in entries if entry.reason == "frozen"}
         self._watch = Watch(self.model)
 
@@ -149,16 +152,19 @@ class Source:
         sums = checksums([local(tensor) for tensor in self._frozen.values()])
         return dict(zip(self._frozen, sums, strict=True))
 
+    def _is_spread(self, name: str) -> bool:
+        return self.flat_rank is not None or is_sharded(self._frozen[name])
+
     @property
     def saved_sums(self) -> dict[str, int]:
         """The sums of frozen parameters that are the same on every rank, and after resharding."""
-        return {name: total for name, total in self.frozen_sums.items() if not is_sharded(self._frozen[name])}
+        return {name: total for name, total in self.frozen_sums.items() if not self._is_spread(name)}
 
     def resume_sums(self, saved: Mapping[str, int]) -> None:
         """Takes over the sums that were saved; those of sharded parameters are what is found when looked at next."""
         known = self.frozen_sums
         self.frozen_sums = {
-            name: saved.get(name, known[name]) for name in known if name in saved or not is_sharded(self._frozen[name])
+            name: saved.get(name, known[name]) for name in known if name in saved or not self._is_spread(name)
         }
 
     def check_frozen(self) -> None:

@@ -38,7 +38,7 @@ VERSION = 1
 def save_state(core: Core) -> dict[str, Any]:
     """The state, whose tensors are the averages themselves."""
     configuration = _configuration(core)
-    fingerprint = _fingerprint(configuration)
+    fingerprint = _fingerprint(core, configuration)
     loose = {entry.name for entry in core.source.entries if entry.is_loose}
     copies = [name for name in core.store.copies if name not in loose]
     names = set(core.store.names)
@@ -82,7 +82,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
             "the state was saved with another configuration and cannot be continued under this one: "
             f"{_explain(state['configuration'], configuration)}. Make the WeightAverage as it was then"
         )
-    fingerprint = _fingerprint(configuration)
+    fingerprint = _fingerprint(core, configuration)
     clock = _read_clock(core.clock, state["clock"])
     try:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
@@ -128,9 +128,14 @@ def _configuration(core: Core) -> dict[str, Any]:
     }
 
 
-def _fingerprint(configuration: Mapping[str, Any]) -> str:
+def _fingerprint(core: Core, configuration: Mapping[str, Any]) -> str:
     text = json.dumps([FORMAT, VERSION, configuration], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    if core.source.flat_rank is None:
+        return digest
+    # Tensors that torch.distributed.checkpoint would take for the same on all ranks, and save once.
+    rank, size = core.source.flat_rank
+    return f"{digest}-rank-{rank}-of-{size}"
 
 
 def _check_format(state: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polyak.core import Core
 from polyak.entries import extra_states
 from polyak.errors import StateError, listed
-from polyak.exporting import by_every_name, export
+from polyak.exporting import by_every_name, check_can_be_whole, export
 from polyak.kernels import check_floating_point, copy_
 from polyak.modules import build_module
 from polyak.profiles import Profile
@@ -89,6 +89,7 @@ class AverageView:
         """
         core = self._core
         core.verify()
+        check_can_be_whole(core, "weights()")
         tensors = by_every_name(core.source.entries, core.store.tensors(self.name))
         return tensors | extra_states(core.source.model)
 
@@ -149,6 +150,7 @@ class AverageView:
         return build_module(core.source.bare, core.source.entries, copies, owners=(self._owner, core))
 
     def _check_whole(self, call: str) -> None:
+        check_can_be_whole(self._core, call)
         sharded = list(self._core.source.shardings)
         if sharded:
             raise StateError(

@@ -1,0 +1,84 @@
+"""`check_in_sync`: ranks have the same averages where they should, and all of them hear of it where they have not."""
+
+import warnings
+
+import pytest
+import torch
+from torch import distributed, nn
+
+import polyak
+import sharded_zoo
+import zoo
+from ranks import on
+from sharded_zoo import PROFILES, make, mesh_of, shard
+
+
+@on(4)
+def ranks_of_data_parallel_training_have_the_same(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.parallel.DistributedDataParallel(zoo.batchnorm())
+    average = polyak.WeightAverage(model, PROFILES, compensated=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        torch.manual_seed(step * 10 + distributed.get_rank())
+        model(torch.randn(2, 2, 4, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update()
+    average.check_in_sync(buffers=False)
+    with pytest.raises(polyak.MismatchError, match=r"running_mean \(power\): ranks 0 against 1.*buffers=False leaves"):
+        average.check_in_sync()
+    own = distributed.get_rank() == 2
+    weight = average._core.store.averages["ema"]["0.weight"].flatten()
+    if own:
+        weight[:2] = weight[:2].flip(0)  # the sum of all bits stays
+    with pytest.raises(
+        polyak.MismatchError, match=r"different averages of '0.weight \(ema\): ranks 0, 1, 3 against 2'"
+    ):
+        average.check_in_sync(buffers=False)
+    if own:
+        weight[:2] = weight[:2].flip(0)
+        average._core.store.seconds["ema"]["0.weight"][0] ^= 1
+    with pytest.raises(polyak.MismatchError, match=r"'0.weight \(ema\): ranks 0, 1, 3 against 2'"):
+        average.check_in_sync(buffers=False)
+
+
+@on(4)
+def one_rank_that_made_another_update_is_found(folder):
+    average = polyak.WeightAverage(zoo.mlp(), polyak.Uniform())
+    average.check_in_sync()
+    average.update()
+    if distributed.get_rank() == 1:
+        average.update()
+    with pytest.raises(polyak.MismatchError, match=r"the clock: ranks 0, 2, 3 against 1"):
+        average.check_in_sync()
+
+
+@on(4)
+def an_error_on_one_rank_is_one_on_all(folder):
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model)
+    if distributed.get_rank() == 3:
+        model[0].extra = nn.Parameter(torch.ones(1))
+    text = r"Only the model: '0.extra'"
+    with pytest.raises(ValueError, match=text if distributed.get_rank() == 3 else f'on "rank 3: MismatchError.*{text}'):
+        average.check_in_sync()
+
+
+@on(4)
+def replicas_of_shards_are_compared(folder):
+    for mesh, replicas in ((mesh_of(4), False), (mesh_of(2, 2), True)):
+        model, _ = make()
+        shard(model, mesh)
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        sharded_zoo.drift(model, torch.Generator().manual_seed(1))
+        average.update()
+        average.check_in_sync()
+        if distributed.get_rank() == 0:
+            average._core.store.averages["average"]["gain"][0] += 1
+        if replicas:
+            with pytest.raises(polyak.MismatchError, match=r"'gain \(average\): ranks 0 against 2'"):
+                average.check_in_sync()
+        else:
+            average.check_in_sync()
