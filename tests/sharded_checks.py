@@ -1,14 +1,16 @@
 """FSDP2 over one dimension of ranks: updates, swaps and what is asked of an average, against one process."""
 
 import copy
+import operator
 
 import pytest
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import polyak
 import sharded_zoo
@@ -133,7 +135,8 @@ def an_exception_in_a_forward_pass_leaves_the_weights(folder):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    for layer in (model.norm, model.back):
+    # The first comes while parameters of another layer are on their way already.
+    for layer in (model.embedding, model.norm, model.back):
         hook = layer.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt), average["ema"].swapped():
             _validate(model)
@@ -196,6 +199,25 @@ def replaced_tensors_are_noticed(folder):
 
 
 @on(4)
+def other_memory_of_the_same_dtensor_is_noticed(folder):
+    for lay in (fully_shard, lambda model: parallelize_module(model, sharded_zoo.mesh_of(4), ColwiseParallel())):
+        model = nn.Linear(4, 8)
+        lay(model)
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        average.update()
+        parameters, before = list(model.parameters()), average.weights()
+        model.double().float()
+        assert all(map(operator.is_, parameters, model.parameters()))
+        sharded_zoo.drift(model, torch.Generator().manual_seed(1))
+        average.update()
+        raw = sharded_zoo.whole(model)
+        expected = {name: torch.lerp(before[name], raw[name], 0.5) for name in raw}
+        assert zoo.bit_equal(average.weights(), expected)
+        with average.swapped():
+            assert zoo.bit_equal(sharded_zoo.whole(model), expected)
+
+
+@on(4)
 def another_layout_raises_and_names_both(folder):
     mesh = init_device_mesh("cpu", (4,))
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
@@ -230,6 +252,17 @@ def averages_are_written_back_shard_by_shard(folder):
     average.reset()
     average.adapt()
     assert zoo.bit_equal(sharded_zoo.whole(model), average.weights())
+
+
+@on(4)
+def parts_on_another_device_than_the_mesh_stay_there(folder):
+    mesh = DeviceMesh("meta", list(range(4)), _init_backend=False)
+    part = torch.ones(2, 3)
+    sharding = polyak.shards.Sharding(mesh, (Shard(0),), torch.Size((7, 3)), (3, 1))
+    wrapped = sharding.wrap(part)
+    assert wrapped.to_local().data_ptr() == part.data_ptr()
+    assert (wrapped.shape, wrapped.stride(), wrapped.dtype) == ((7, 3), (3, 1), torch.float32)
+    assert polyak.shards.sharding_of(wrapped) == sharding
 
 
 @on(4)

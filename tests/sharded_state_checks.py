@@ -123,6 +123,21 @@ def saved_while_training_goes_on(folder):
 
 
 @on(4)
+def an_average_is_saved_and_loaded_as_it_is(folder):
+    model, average = _made(mesh_of(4), {})
+    _advance(model, average, first=0, steps=2)
+    checkpoint.save({"model": model.state_dict(), "average": average}, checkpoint_id=folder / "stateful")
+    before = average["ema"].weights()
+    _advance(model, average, first=2, steps=1)
+    checkpoint.load({"model": model.state_dict(), "average": average}, checkpoint_id=folder / "stateful")
+    assert average.num_updates == 2
+    assert zoo.bit_equal(average["ema"].weights(), before)
+    _, other = _made(mesh_of(4), {"every": 2})
+    with pytest.raises(CheckpointException, match=r"Missing key in checkpoint state_dict: average\.averages"):
+        checkpoint.load({"average": other}, checkpoint_id=folder / "stateful")
+
+
+@on(4)
 def another_configuration_fails_in_planning(folder):
     changes = [
         {"every": 2},

@@ -72,6 +72,16 @@ def test_import_loads_torch_and_the_standard_library_only():
     assert found.stdout.strip() == "[]"
 
 
+def test_a_plain_model_does_without_what_sharded_ones_need():
+    code = (
+        "import sys, torch, polyak; model = torch.nn.Linear(2, 2); average = polyak.WeightAverage(model);"
+        "average.update(); average.state_dict(); average.swap_in(); average.swap_out();"
+        "print([name for name in ('tensor', 'fsdp', 'checkpoint') if f'torch.distributed.{name}' in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_public_names_are_those_that_type_checkers_see():
     stub = (SOURCE / "__init__.pyi").read_text()
     told = {name: room for room, name in re.findall(r"^from \.(\w+) import (\w+) as \2$", stub, re.MULTILINE)}

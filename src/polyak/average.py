@@ -42,6 +42,10 @@ class WeightAverage:
     singular vectors of a spectral norm are copied at each update. Frozen parameters are left where they are.
     `report()` says what is done to which tensor, and `rules` changes it.
 
+    Of a model that is sharded over ranks (`fully_shard`, tensor parallel, HSDP) each rank averages the parts that it
+    has, with the bits that one process would get. Every rank makes the same calls; `update()` and `swapped()` send
+    nothing, `weights()`, `raw_weights()` and `export()` put tensors together.
+
     Args:
         model: the module being trained, bare or wrapped (torch.compile, DataParallel, DDP, checkpointing).
         profile: how past weights count; or several, by name. The default keeps the mean age of the weights at 11 % of
@@ -344,12 +348,11 @@ class WeightAverage:
         model is sharded they are DTensors of its placements, which torch.distributed.checkpoint saves, and loads on any
         other number of ranks:
 
-            state = average.state_dict()
-            torch.distributed.checkpoint.load(state, checkpoint_id=path)
-            average.load_state_dict(state)
+            torch.distributed.checkpoint.save({"average": average}, checkpoint_id=path)
+            torch.distributed.checkpoint.load({"average": average}, checkpoint_id=path)
 
-        A checkpoint of another configuration has none of the keys of `state`, so that loading it raises before anything
-        is written.
+        A checkpoint of another configuration has none of the keys that are looked for, so that loading it raises before
+        anything is written.
         """
         self._core.verify_values()
         if not self._core.source.shardings:
@@ -386,6 +389,8 @@ class WeightAverage:
 
     def report(self, *, total: float | None = None) -> Report:
         """What was done so far, and what is done to which tensor; print it.
+
+        Where the model is sharded, distances and bytes are those of this rank's parts.
 
         Args:
             total: the planned length of the run, in units of the time axis; warns where an average is longer.

@@ -22,7 +22,7 @@ from polyak.errors import MismatchError, StateError, listed, outside
 from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
 from polyak.resharding import flat_rank, reshard
-from polyak.shards import Sharding, is_sharded, local, sharding_of
+from polyak.shards import Sharding, is_sharded, local, sharding_of, whole
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
 RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"
@@ -276,9 +276,8 @@ def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    sharding = sharding_of(tensor)
     # All ranks must do the same, so that each looks at the whole.
-    return bool((tensor if sharding is None else sharding.whole(local(tensor))).isfinite().all())
+    return bool(whole(tensor).isfinite().all())
 
 
 def _matches(key: RuleKey, site: Site) -> bool:

@@ -69,20 +69,24 @@ class Sharding:
         )
 
     def wrap(self, part: Tensor) -> Tensor:
-        """The DTensor of which this is the part that is here; complex numbers may be given as pairs of real ones."""
+        """The DTensor of which this is the part that is here; complex numbers may be given as pairs of real ones.
+
+        It shares the part's memory, also where that is on another device than the mesh, as averages on the host are.
+        """
         from torch.distributed.tensor import DTensor
 
-        shape, stride = tuple(self.shape), self.stride
+        shape, stride = self.shape, self.stride
         if part.dim() == len(shape) + 1:
-            shape, stride = (*shape, 2), (*(2 * each for each in stride), 1)
-        # Shape and stride are not left to be inferred, which goes wrong where ranks have parts of different sizes.
-        return DTensor.from_local(
-            part.detach(), self.mesh, self.placements, run_check=False, shape=torch.Size(shape), stride=stride
-        )
+            shape, stride = torch.Size((*shape, 2)), (*(2 * each for each in stride), 1)
+        part = part.detach()
+        if part.device.type != self.mesh.device_type:
+            # The usual way would copy it to the device of the mesh.
+            from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    def whole(self, part: Tensor) -> Tensor:
-        """All parts put together. Every rank of the mesh must ask for it."""
-        return whole(self.wrap(part))
+            spec = DTensorSpec(self.mesh, self.placements, tensor_meta=TensorMeta(shape, stride, part.dtype))
+            return cast("Any", DTensor)(part, spec, requires_grad=False)
+        # Shape and stride are not left to be inferred, which goes wrong where ranks have parts of different sizes.
+        return DTensor.from_local(part, self.mesh, self.placements, run_check=False, shape=shape, stride=stride)
 
     def cut(self, whole: Tensor) -> Tensor:
         """The part of a whole tensor that belongs here."""
@@ -135,7 +139,13 @@ def sharding_of(tensor: Tensor) -> Sharding | None:
 
 def whole(tensor: Tensor) -> Tensor:
     """All parts of a tensor put together, for which every rank must ask; a plain one itself."""
-    return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
+    sharding = sharding_of(tensor)
+    if sharding is None:
+        return tensor
+    part = local(tensor)
+    # Messages go between the devices of the mesh.
+    together = cast("Any", sharding.wrap(part.to(sharding.mesh.device_type))).full_tensor()
+    return together.to(part.device)
 
 
 def describe(sharding: Sharding | None) -> str:

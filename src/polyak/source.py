@@ -230,7 +230,6 @@ class Source:
 
     def replaced(self) -> list[tuple[Entry, Site]]:
         """The places that hold another tensor, or the same one with other memory, than when last looked at."""
-        self.reshard()
         if self.is_current():
             return []
         known = {name: entry for entry in self.entries for name in (entry.name, *entry.aliases)}
