@@ -2,13 +2,19 @@
 
 import functools
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import distributed, nn
 
 import polyak
+import zoo
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -124,3 +130,45 @@ def test_bema_leads_while_the_average_lags(capsys):
     assert losses[200]["bema"] < losses[200]["raw"]
     assert losses[400]["average"] < 1.1 * losses[400]["bema"] < losses[400]["raw"]
     assert "average  bema" in capsys.readouterr().out
+
+
+def torchrun(example, *options, num_ranks):
+    """Runs an example on ranks of its own, on CPUs; returns what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    command += [str(EXAMPLES / f"{example}.py"), *map(str, options)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
+def test_a_sharded_pretraining_is_resumed_on_another_number_of_ranks(tmp_path):
+    path = tmp_path / "power.safetensors"
+    options = ["--output", tmp_path, "--save-every", 2]
+    printed = torchrun("fsdp2_pretrain", *options, "--steps", 4, num_ranks=2)
+    (digest,) = re.findall(r"step-4 .* averages (\w{16})$", printed, re.MULTILINE)
+    (loss,) = re.findall(r"step-4 .* power ([\d.]+) ", printed)
+
+    # The file is what the checkpoint has, bit for bit, and what was tested.
+    exported = load_file(path)
+    saved = polyak.read(tmp_path / "step-4")
+    assert zoo.bit_equal({name: exported[name] for name in saved.averages["power"]}, saved.averages["power"])
+    example = load("fsdp2_pretrain")
+    model = example.Decoder()
+    model.load_state_dict(exported, strict=True)
+    model.head.weight = model.embedding.weight
+    assert abs(loss_of(example, model) - float(loss)) < 1e-3
+
+    printed = torchrun("fsdp2_pretrain", *options, "--steps", 6, "--resume", num_ranks=1)
+    assert f"resumed step-4 on 1 ranks, averages {digest}" in printed
+    assert re.findall(r"step-(\d+) .* averages", printed) == ["4", "6"]
+    assert polyak.read(path).counters["num_updates"] == 6
+    assert not zoo.bit_equal(load_file(path), exported)
+
+
+@torch.no_grad()
+def loss_of(example, model):
+    _, tokens = example.load_text()
+    starts = torch.linspace(0, len(tokens) - example.LENGTH - 1, 8 * example.BATCH_SIZE).long()
+    return model(tokens[starts.unsqueeze(1) + torch.arange(example.LENGTH + 1)]).item()
