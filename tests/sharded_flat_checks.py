@@ -109,3 +109,19 @@ def errors_name_the_second_kind(folder):
         polyak.WeightAverage(wrap(make(), use_orig_params=False))
     with pytest.raises(polyak.StateError, match=r"ModelEma keeps a whole module, and this Mlp is sharded"):
         polyak.ModelEma(model)
+
+
+@on(2)
+def what_is_summoned_is_left_alone(folder):
+    """Resharding there would write garbage back over the shards."""
+    model = wrap(make())
+    average = polyak.WeightAverage(model, PROFILES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    train(model, optimizer, seed=0)
+    before = whole(model)
+    with FullyShardedDataParallel.summon_full_params(model):
+        for call in (average.update, average.report, lambda: polyak.WeightAverage(model)):
+            with pytest.raises(polyak.StateError, match=r"inside of summon_full_params\(\) the model has whole"):
+                call()
+    assert zoo.bit_equal(whole(model), before)
+    average.update()

@@ -82,3 +82,13 @@ def replicas_of_shards_are_compared(folder):
                 average.check_in_sync()
         else:
             average.check_in_sync()
+
+
+@on(4)
+def ranks_with_different_averages_are_told_apart(folder):
+    model, _ = make()
+    shard(model)
+    average = polyak.WeightAverage(model, polyak.Exponential(0.9 if distributed.get_rank() else 0.5))
+    average.update()
+    with pytest.raises(polyak.MismatchError, match="the configuration"):
+        average.check_in_sync()

@@ -249,7 +249,7 @@ def test_large_folders_have_several_files_and_an_index(tmp_path):
 def test_a_configuration_goes_along(tmp_path):
     case = cases.timm(tmp_path)
     done = polyak.convert(case.path, tmp_path / "bare", to="huggingface")
-    assert "there is no config.json, which from_pretrained() looks for; give config=" in done.notes
+    assert "there is no config.json, which from_pretrained() looks for: put the model's there" in done.notes
     assert contents(tmp_path / "bare") == ["model.safetensors"]
     polyak.convert(case.path, tmp_path / "full", to="huggingface", config=cases.config(tmp_path))
     polyak.convert(tmp_path / "full", tmp_path / "more", to="diffusers")
@@ -375,3 +375,13 @@ def test_the_account(tmp_path):
     ]
     again = polyak.convert(case.path, tmp_path / "out.pth", to="torch")
     assert again.notes == (*done.notes, "the file that was there is replaced")
+
+
+def test_damage_does_not_get_new_checksums(tmp_path):
+    torch.save({"state_dict_ema": {"w": torch.ones(100)}}, tmp_path / "x.pth")
+    data = bytearray((tmp_path / "x.pth").read_bytes())
+    data[data.index(torch.ones(4).numpy().tobytes()) + 2] ^= 1
+    (tmp_path / "x.pth").write_bytes(data)
+    with pytest.raises(polyak.FileFormatError, match=r"x.pth' is damaged: the record 'x/data/0': .* take another copy"):
+        polyak.convert(tmp_path / "x.pth", tmp_path / "y.pth", to="plain")
+    assert not (tmp_path / "y.pth").exists()

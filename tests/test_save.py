@@ -268,6 +268,10 @@ class TestWhatIsSavedIsLoaded:
         polyak.save({"x": value}, tmp_path / "x.pt")
         assert repr(polyak.load(tmp_path / "x.pt")["x"]) == repr(value)
 
+    def test_a_name_for_files_of_another_kind(self, tmp_path):
+        with pytest.raises(ValueError, match=r"x.safetensors': this is a file of torch.save; name it .pt"):
+            polyak.save({"x": 1}, tmp_path / "x.safetensors")
+
     def test_what_torch_could_not_read_is_refused(self, tmp_path):
         with pytest.raises(TypeError, match=r"content\['x'\] is an integer of 9966 bits, which torch.load"):
             polyak.save({"x": 10**3000}, tmp_path / "x.pt")

@@ -275,7 +275,8 @@ class WeightAverage:
         Tensors that are as they were keep their averages; others begin as the source is. Time goes on.
 
         Raises:
-            StateError: an average stands in the source, or a live module shares the old tensors.
+            StateError: an average stands in the source, or a live module shares the old tensors; or tensors lie
+                otherwise over the ranks than their averages.
         """
         core = self._core
         check_not_standing(core.source.bare, "adapt()")

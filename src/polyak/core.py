@@ -172,9 +172,7 @@ class Core:
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""
         self.check_live()
-        if not self.source.is_current():
-            self.source.reshard()
-        if self.source.is_current():
+        if self.source.is_current() or (self.source.reshard() and self.source.is_current()):
             self.source.check_frozen()
         else:
             self.verify()

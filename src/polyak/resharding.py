@@ -18,7 +18,11 @@ from polyak.errors import StateError
 
 @torch.no_grad()
 def reshard(model: nn.Module) -> None:
-    """Lets every part of a model hold its shards, and forget what it has gathered; sends no message."""
+    """Lets every part of a model hold its shards, and forget what it has gathered; sends no message.
+
+    Raises:
+        StateError: somebody has gathered the parameters to look at them, and would write them back.
+    """
     for module in _managed(model, "FSDPModule"):
         module.reshard()
         for group in _groups(module):
@@ -28,6 +32,11 @@ def reshard(model: nn.Module) -> None:
             if not group.is_sharded:
                 group._to_sharded()
     for handle in _flat_handles(model):
+        if handle._training_state.name == "SUMMON_FULL_PARAMS":
+            raise StateError(
+                "inside of summon_full_params() the model has whole parameters, and each rank averages its own part of "
+                "them: leave it first"
+            )
         if hasattr(handle.flat_param, "_full_param_padded") and not handle.needs_unshard():
             handle.reshard(True)
 

@@ -144,9 +144,14 @@ class Source:
         """Whether every entry is still the same tensor at the same address."""
         return self._watch.is_current()
 
-    def reshard(self) -> None:
-        """Lets a model that is sharded hold its shards, wherever its last pass has left whole parameters."""
+    def reshard(self) -> bool:
+        """Lets a model that is sharded hold its shards, wherever its last pass has left whole parameters.
+
+        Returns:
+            Whether the model is sharded at all.
+        """
         reshard(self.model)
+        return bool(self.shardings) or self.flat_rank is not None
 
     def _sum_frozen(self) -> dict[str, int]:
         sums = checksums([local(tensor) for tensor in self._frozen.values()])

@@ -87,11 +87,11 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     try:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
         given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
-        copies = _dictionary(state["copies"][fingerprint])
+        copies = _dictionary(state.get("copies", {}).get(fingerprint, {}))
         compensated = list(core.profiles) if core.store.modes.compensated else []
         seconds = {name: _dictionary(state["seconds"][fingerprint][name]) for name in compensated}
-        ties = {str(name): [str(alias) for alias in aliases] for name, aliases in state["ties"].items()}
-        frozen = {str(name): int(total) for name, total in state["frozen"].items()}
+        ties = {str(name): [str(alias) for alias in aliases] for name, aliases in state.get("ties", {}).items()}
+        frozen = {str(name): int(total) for name, total in state.get("frozen", {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: {type(error).__name__}: {error}") from error
     if any(not growth >= 0 for growth in pending.values()):
@@ -150,7 +150,8 @@ def _check_format(state: Mapping[str, Any]) -> None:
         raise FileFormatError(f"the state has version {state.get('version')!r}; this polyak reads version {VERSION}")
     if not isinstance(state.get("configuration", {}), Mapping):
         raise FileFormatError(f"the state is damaged: its configuration is {state['configuration']!r}")
-    missing = {"configuration", "clock", "pending", "ties", "frozen", "averages", "copies"} - state.keys()
+    # Empty dictionaries get lost in some files, such as those of torch's dcp_to_torch_save.
+    missing = {"configuration", "clock", "pending", "averages"} - state.keys()
     if missing:
         raise FileFormatError(f"the state is damaged: it has no {listed(sorted(missing))}")
 

@@ -20,6 +20,8 @@ _Digests = dict[str, tuple[str, str]]
 def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     """Compares the digests of all ranks; see `WeightAverage.check_in_sync`."""
     if not (distributed.is_available() and distributed.is_initialized()):
+        if core.source.meshes:
+            raise StateError("check_in_sync() after the process group was destroyed: ranks cannot be compared any more")
         return
     mine: _Digests = {}
     failure: Exception | None = None
@@ -47,6 +49,8 @@ def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str
     core.verify()
     store = core.store
     yield "the clock", ("", repr((core.clock.state(), store.pending)))
+    kinds = [(entry.name, entry.action, str(entry.dtype), tuple(entry.shape)) for entry in core.source.entries]
+    yield "the configuration", ("", repr((core.profiles, core.clock.every, core.clock.start, store.modes, kinds)))
     entries = [entry for entry in core.source.entries if entry.is_parameter or buffers]
     for profile in core.profiles:
         tensors, seconds = store.tensors(profile), store.seconds[profile]

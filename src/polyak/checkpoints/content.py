@@ -41,6 +41,7 @@ def save(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
         path: the file. Its folder must exist and have room for the new file beside the old one.
 
     Raises:
+        ValueError: the name is one for files of another kind, or there is no end to its containers.
         TypeError: something in it could be read only by running code; the message says where it stands. Nothing was
             written.
         OSError: the file cannot be written; one that was there is as it was. With `errno.ENOSPC` there is no room.
@@ -58,6 +59,8 @@ def save(content: dict[str, Any], path: str | os.PathLike[str]) -> None:
     """
     if not isinstance(content, dict):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
         raise TypeError(f"content is a {type(content).__name__}; save a dictionary, such as {{'content': ...}}")
+    if os.fspath(path).endswith(".safetensors"):
+        raise ValueError(f"{os.fspath(path)!r}: this is a file of torch.save; name it .pt, for others go by the name")
     size = _Size()
     try:
         size.add(content, "content")
@@ -105,8 +108,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{os.fspath(path)!r} was written without checksums, and may be damaged; torch.load() reads it unchecked"
         )
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # By the content, for torch goes by the name where it can.
+        with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         raise FileFormatError(f"{os.fspath(path)!r} is damaged, and cannot be read: {error}") from error
     except pickle.UnpicklingError as error:

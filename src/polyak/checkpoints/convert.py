@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyak.containers import CONFIGURATION, leaves_of, read_json
+from polyak.containers import CONFIGURATION, leaves_of, read_json, verify
 from polyak.errors import FileFormatError, MismatchError
 from polyak.kernels import check_floating_point
 from polyak.profiles import Exponential
@@ -104,6 +104,7 @@ def convert(
         raise FileFormatError(
             f"{os.fspath(path)!r} has no {CONFIGURATION}, without which diffusers cannot make the model: give config="
         )
+    _verify(checkpoint)
     maker = Maker(path, dtype)
     given = checkpoint.averages[chosen]
     # Without a name in common they are of another model.
@@ -116,6 +117,7 @@ def convert(
         raw=None if raw is None else maker.tensors(raw, prefix),
         decay=decay,
         config=configuration,
+        has_model=model is not None,
         notes=list(checkpoint.notes),
     )
     if layout.is_positional:
@@ -148,6 +150,15 @@ def convert(
         num_bytes=num_bytes,
         notes=tuple(dict.fromkeys(material.notes)),
     )
+
+
+def _verify(checkpoint: Checkpoint) -> None:
+    """Compares what will be read with the checksums in it, for what is written gets new ones."""
+    sets = [*checkpoint.averages.values(), *filter(None, [checkpoint.raw_weights])]
+    files = {part.span.path for tensors in sets for name in tensors for part in leaves_of(tensors.leaf(name))}
+    problems = verify(sorted(files)).problems
+    if problems:
+        raise FileFormatError(f"{problems[0].file!r} is damaged: {problems[0]}; take another copy of it")
 
 
 def _check(

@@ -33,6 +33,7 @@ class Material:
         order: names of the parameters, where the layout to write is positional.
         decay: as the caller gave it.
         config: of the model, where the layout to write is a folder.
+        has_model: whether the caller gave the model.
         notes: what the account says.
     """
 
@@ -43,6 +44,7 @@ class Material:
     order: Sequence[str] = ()
     decay: float | None = None
     config: Mapping[str, object] | None = None
+    has_model: bool = False
     notes: list[str] = field(default_factory=list[str])
 
 

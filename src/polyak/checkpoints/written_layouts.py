@@ -113,6 +113,10 @@ def _lightning(material: Material) -> dict[str, Any]:
     material.notes.append(
         "the Trainer begins with a new optimizer and counts its steps from 0; the average goes on where it was"
     )
+    if not material.has_model:
+        material.notes.append(
+            "a LightningModule that keeps its model in an attribute has other names: polyak.convert(model=) takes it"
+        )
     return {
         # Without the progress of its loops the Trainer's steps begin at 0, and updates at the first after this one.
         "callbacks": {"EMAWeightAveraging": {"latest_update_step": 0}},
@@ -150,7 +154,7 @@ def _diffusers_config(material: Material) -> Mapping[str, Any]:
 
 def _config(material: Material) -> Mapping[str, Any] | None:
     if material.config is None:
-        material.notes.append("there is no config.json, which from_pretrained() looks for; give config=")
+        material.notes.append("there is no config.json, which from_pretrained() looks for: put the model's there")
     return material.config
 
 

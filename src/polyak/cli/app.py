@@ -17,6 +17,8 @@ from .inspect import inspect
 from .text import as_options, inert
 
 _MAX_ERROR = 2000
+# As a shell says of a program that was ended because nobody reads it any more.
+_CLOSED = 141
 
 app = typer.Typer(
     name="polyak",
@@ -57,7 +59,7 @@ def main() -> None:
     except SystemExit as end:
         code = end.code
     except BrokenPipeError:
-        code = 1
+        code = _CLOSED
     except OSError as error:
         what = f"{os.fspath(error.filename)!r}: {error.strerror}" if error.filename and error.strerror else str(error)
         code = _fail(what)
@@ -68,7 +70,7 @@ def main() -> None:
     except BrokenPipeError:
         # Whoever read it has enough. What is left must not be written when Python ends, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = _CLOSED
     sys.exit(code)
 
 

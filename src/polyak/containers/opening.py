@@ -14,7 +14,7 @@ from .archive import is_archive, is_legacy, read_archive, read_legacy
 from .distributed import INDEX, read_distributed
 from .folder import CONFIGURATION, read_indexed, read_json_inside, weights_file
 from .safetensors_file import is_safetensors, read_safetensors
-from .stored import Content
+from .stored import Content, Record, Stored
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
 # In what is known about a folder: files beside the weights in which accelerate keeps what it was given.
@@ -107,13 +107,15 @@ def _read(path: Path, skip_objects: bool) -> tuple[dict[Any, Any], dict[str, Any
         raise FileFormatError("is empty")
     elif start.startswith(b"\x80"):
         raise FileFormatError(
-            "is a pickle, and none of torch.save: loading it could run code, and it is not read. run_pickled_code=True "
-            "runs the code, if you trust whoever wrote the file"
+            "is a pickle, and none of torch.save: loading it could run code, and it is not read. Load it with what "
+            "wrote it, if you trust that, and write the tensors by torch.save"
         )
     elif tarfile.is_tarfile(path):
         raise FileFormatError("is a tar archive; unpack it, and give the file or folder in it")
     else:
         raise FileFormatError("is neither a file of torch.save nor one of safetensors")
     if not isinstance(content, dict):
-        raise FileFormatError(f"holds a {type(content).__name__}, not a dictionary")
+        kind = "a tensor" if isinstance(content, Stored) else f"a {type(content).__name__}"
+        kind = f"the object {content.of}" if isinstance(content, Record) else kind
+        raise FileFormatError(f"holds {kind}, not a dictionary of tensors: save a state_dict()")
     return cast("dict[Any, Any]", content), {}, "torch"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from polyak.entries import Entry
+from polyak.errors import StateError, listed
 from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy
 from polyak.store.guard import Guard
 from polyak.store.modes import Modes
@@ -76,12 +77,25 @@ class LocalStore:
         self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
-        """A store for other entries; what is alike in both keeps its averages."""
+        """A store for other entries; what is alike in both keeps its averages.
+
+        Raises:
+            StateError: tensors lie otherwise over the ranks now, and their averages would be lost.
+        """
+        moved = [
+            entry.name
+            for entry in entries
+            if entry.name in self.names and entry.sharding != self._shardings.get(entry.name)
+        ]
+        if moved:
+            raise StateError(
+                f"{listed(moved)} lie otherwise over the ranks than their averages: make the average after the model "
+                "is sharded, or save its state by torch.distributed.checkpoint and load it into a new one"
+            )
         store = LocalStore(entries, self.averages, modes=self.modes, device=self._device)
         for profile, averages in store.averages.items():
             for name, tensor in averages.items():
-                same = self._shardings.get(name) == store._shardings.get(name)
-                kept = self.averages[profile].get(name) if same else None
+                kept = self.averages[profile].get(name)
                 if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
                     tensor.copy_(kept)
                     if name in store.seconds[profile]:
