@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from polyak.entries import Rules, extra_states
 from polyak.errors import StateError, listed
 from polyak.exporting import by_every_name, check_can_be_whole
 from polyak.kernels import Plan
-from polyak.profiles import Power, Profile
+from polyak.profiles import Profile, named_profiles
 from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
@@ -27,7 +27,6 @@ from polyak.swapping import check_not_standing, raise_if_changed, swap_out
 from polyak.syncing import check_in_sync
 from polyak.view import AverageView
 
-_ONLY = "average"
 _ADAPT = ". Where the model was changed on purpose, adapt() follows it; a new model needs a new average"
 
 
@@ -106,7 +105,7 @@ class WeightAverage:
     ) -> None:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
-        profiles = _named_profiles(profile)
+        profiles = named_profiles(profile)
         clock = Clock(every=every, start=float(start) if type(start) is int else start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
         modes = Modes(dtype, compensated, seed)
@@ -278,16 +277,8 @@ class WeightAverage:
             StateError: an average stands in the source, or a live module shares the old tensors; or tensors lie
                 otherwise over the ranks than their averages.
         """
-        core = self._core
-        check_not_standing(core.source.bare, "adapt()")
-        if core.live:
-            raise StateError(
-                "adapt() while a live module shares the average's tensors: drop it first, ask for it after"
-            )
-        core.catch_up()
-        core.source = core.source.again()
-        core.store = core.store.again(core.source.entries)
-        core.begin()
+        check_not_standing(self._core.source.bare, "adapt()")
+        self._core.adapt()
 
     # What can be done with one average. With several, `average[name]` does the same.
 
@@ -405,18 +396,3 @@ class WeightAverage:
     def __repr__(self) -> str:
         profiles = ", ".join(f"{name!r}: {profile!r}" for name, profile in self._core.profiles.items())
         return f"<WeightAverage of {profiles} after {self.num_updates} updates>"
-
-
-def _named_profiles(profile: Profile | Mapping[str, Profile] | None) -> dict[str, Profile]:
-    if profile is None:
-        return {_ONLY: Power(relative_std=0.10)}
-    named = cast("dict[object, object]", dict(profile) if isinstance(profile, Mapping) else {_ONLY: profile})
-    if not named:
-        raise ValueError("profile={}: at least one profile is needed, such as polyak.Power(relative_std=0.10)")
-    for name, value in named.items():
-        if not isinstance(value, Profile):
-            hint = f"; for a decay, polyak.Exponential({value!r})" if isinstance(value, float) else ""
-            raise TypeError(f"profile: {value!r} is not a profile, such as polyak.Power(relative_std=0.10){hint}")
-        if not isinstance(name, str) or not name or not name.isprintable():
-            raise ValueError(f"profile: {name!r} is not a name for an average")
-    return cast("dict[str, Profile]", named)

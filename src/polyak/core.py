@@ -190,6 +190,18 @@ class Core:
         if self.swapped is None:
             self.source.check_frozen_values()
 
+    def adapt(self) -> None:
+        """Follows a model whose tensors are others now."""
+        if self.live:
+            raise StateError(
+                "adapt() while a live module shares the average's tensors: drop it first, ask for it after"
+            )
+        self.catch_up()
+        source = self.source.again()
+        self.store = self.store.again(source.entries)
+        self.source = source
+        self.begin()
+
     def check_live(self) -> None:
         """Raises where a live module has got other tensors than the store's."""
         for module, watch in list(self.live.items()):

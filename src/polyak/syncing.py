@@ -27,6 +27,7 @@ def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     failure: Exception | None = None
     try:
         mine = dict(_digests(core, buffers=buffers))
+    # Whatever it is, the other ranks wait for a message of this one.
     except Exception as error:
         failure = error
     given: list[Any] = [None] * cast("Any", distributed).get_world_size(group)

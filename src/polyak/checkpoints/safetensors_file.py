@@ -113,5 +113,5 @@ def _content(tensor: Tensor) -> memoryview:
     plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
     if sys.byteorder == "big":
         plain = plain.clone()
-        plain.untyped_storage().byteswap(plain.dtype)  # pyright: ignore[reportUnknownMemberType]
+        plain.untyped_storage().byteswap(plain.dtype)  # pyright: ignore[reportUnknownMemberType]  # it has no types
     return memoryview(cast("bytes", plain.reshape(-1).view(torch.uint8).numpy()))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from polyak.errors import FileFormatError
 
@@ -162,12 +162,9 @@ def stored(dtype: object, shape: object, stride: object, start: object, span: Sp
 def _counts(values: object) -> tuple[int, ...] | None:
     if not isinstance(values, (tuple, list)):
         return None
-    found: list[int] = []
-    for value in values:  # pyright: ignore[reportUnknownVariableType]
-        if type(value) is not int or not 0 <= value < 1 << 63:  # pyright: ignore[reportUnknownArgumentType]
-            return None
-        found.append(value)
-    return tuple(found)
+    found = tuple(cast("list[object]", values))
+    right = all(type(value) is int and 0 <= value < 1 << 63 for value in found)
+    return cast("tuple[int, ...]", found) if right else None
 
 
 def leaves_of(leaf: Leaf) -> Iterator[Stored]:

@@ -105,6 +105,7 @@ def _archive(path: Path, tell: Callable[[int], None]) -> _Results:
             try:
                 archive = zipfile.ZipFile(cast("BinaryIO", Window(file, 0, end)))
                 records = archive.infolist()
+            # zipfile raises whatever a damaged byte leads it to, here and below.
             except Exception as error:
                 _raise_if_of_system(error)
                 yield Problem(path.name, f"before byte {end:,}" if several else "", f"{_NONE} ({str(error)[:200]})")

@@ -121,7 +121,8 @@ def _kind(value: object) -> str:
         case Record():
             return value.of[:_MAX_TEXT]
         case dict() | list() | tuple():
-            return f"{type(value).__name__} of {len(cast('list[Any]', value)):,}"  # pyright: ignore[reportUnknownArgumentType]
+            held = cast("list[Any]", value)
+            return f"{type(held).__name__} of {len(held):,}"
         case str():
             return "text"
         case None:

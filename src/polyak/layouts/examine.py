@@ -46,5 +46,6 @@ def examine(
         raise type(error)(f"{os.fspath(path)!r} {error}") from error.__cause__
     except OSError:
         raise
+    # What a hostile file has in place of numbers, names and lists leads to any error.
     except Exception as error:
         raise damaged(path, error) from error

@@ -15,6 +15,7 @@ from .convert import scale_decay as scale_decay
 from .decays import register_schedule as register_schedule
 from .description import profile_from_description as profile_from_description
 from .exponential import Exponential as Exponential
+from .naming import named_profiles as named_profiles
 from .power import Power as Power
 from .schedule import Schedule as Schedule
 from .uniform import Uniform as Uniform
