@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import pkgutil
 import random
 from typing import Any
 
@@ -51,7 +52,7 @@ def averaged(profile: Profile, values: dict[int, float]) -> float:
 
 def test_the_names_of_the_room() -> None:
     public = {name for name in vars(polyak.profiles) if not name.startswith("_")}
-    modules = {"base", "checks", "convert", "decays", "description", "exponential", "power", "schedule", "uniform"}
+    modules = {module.name for module in pkgutil.iter_modules(polyak.profiles.__path__)}
     assert public - modules == {
         "Exponential",
         "Power",
@@ -66,6 +67,7 @@ def test_the_names_of_the_room() -> None:
         "half_life_to_decay",
         "mean_age_to_decay",
         "mean_age_to_exponent",
+        "named_profiles",
         "profile_from_description",
         "register_schedule",
         "relative_std_to_decay",
