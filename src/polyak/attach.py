@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from torch import Tensor
@@ -50,3 +50,28 @@ class Attachment:
         if len(self._stepped) == self._num_optimizers:
             self._stepped.clear()
             self._call()
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], own: Set[int], at: object) -> None:
+    """Raises TypeError or ValueError unless these can be attached to a model.
+
+    Args:
+        optimizers: one or more.
+        own: the identities of the model's tensors.
+        at: a function that gives the time, or None.
+    """
+    for optimizer in optimizers:
+        if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+            raise TypeError(f"attach: a torch.optim.Optimizer is needed, not {type(optimizer).__name__}")
+    if not optimizers:
+        raise TypeError("attach: at least one optimizer is needed")
+    if at is not None and not callable(at):
+        raise TypeError(
+            f"attach: at={at!r} is no function; it gives the time after a step, as in at=lambda: num_images"
+        )
+    for optimizer in optimizers:
+        if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(
+                f"attach: this {type(optimizer).__name__} trains no parameter of the model; make the optimizer and "
+                "the average of the same model"
+            )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from polyak.attach import Attachment
+from polyak.attach import Attachment, check_optimizers
 from polyak.clock import Clock
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules, extra_states
@@ -232,22 +232,7 @@ class WeightAverage:
         core = self._core
         if core.attachment is not None:
             raise StateError("an optimizer is attached already; detach it first, or attach all of them in one call")
-        for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
-                raise TypeError(f"attach: a torch.optim.Optimizer is needed, not {type(optimizer).__name__}")
-        if not optimizers:
-            raise TypeError("attach: at least one optimizer is needed")
-        if at is not None and not callable(at):
-            raise TypeError(
-                f"attach: at={at!r} is no function; it gives the time after a step, as in at=lambda: num_images"
-            )
-        own = {id(entry.tensor) for entry in core.source.entries}
-        for optimizer in optimizers:
-            if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
-                raise ValueError(
-                    f"attach: this {type(optimizer).__name__} trains no parameter of the model; make the optimizer and "
-                    "the average of the same model"
-                )
+        check_optimizers(optimizers, {id(entry.tensor) for entry in core.source.entries}, at)
 
         def after_round() -> None:
             check_not_standing(core.source.bare, "optimizer.step()")
