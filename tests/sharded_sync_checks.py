@@ -1,5 +1,6 @@
 """`check_in_sync`: ranks have the same averages where they should, and all of them hear of it where they have not."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ import polyak
 import sharded_zoo
 import zoo
 from ranks import on
-from sharded_zoo import PROFILES, make, mesh_of, shard
+from sharded_zoo import PROFILES, Mirror, make, mesh_of, shard
 
 
 @on(4)
@@ -86,9 +87,58 @@ def replicas_of_shards_are_compared(folder):
 
 @on(4)
 def ranks_with_different_averages_are_told_apart(folder):
-    model, _ = make()
-    shard(model)
-    average = polyak.WeightAverage(model, polyak.Exponential(0.9 if distributed.get_rank() else 0.5))
-    average.update()
-    with pytest.raises(polyak.MismatchError, match="the configuration"):
-        average.check_in_sync()
+    own = distributed.get_rank() == 2
+    averages = [
+        polyak.WeightAverage(zoo.mlp(), polyak.Exponential(0.5 if own else 0.9)),
+        polyak.WeightAverage(zoo.mlp(), every=2 if own else 1),
+        polyak.WeightAverage(zoo.mlp(), compensated=own),
+        polyak.WeightAverage(zoo.mlp(), nonfinite="skip" if own else "raise"),
+        polyak.WeightAverage(zoo.mlp(), rules={"0.bias": "copy"} if own else None),
+    ]
+    named = ["the profiles", "every= or start=", "dtype=, compensated= or seed=", "nonfinite=", "or rules="]
+    for average, text in zip(averages, named, strict=True):
+        average.update()
+        with pytest.raises(polyak.MismatchError, match=f"{text}: ranks 0, 1, 3 against 2"):
+            average.check_in_sync()
+
+
+@on(4)
+def sharded_models_are_compared_when_averages_are_made(folder):
+    own = distributed.get_rank() == 2
+    for mesh in (mesh_of(4), mesh_of(2, 2)):
+        model, _ = make()
+        shard(model, mesh)
+        for text, options in {
+            "the profiles": {"profile": polyak.Exponential(0.5 if own else 0.9)},
+            "every= or start=": {"every": 2 if own else 1},
+            "dtype=, compensated= or seed=": {"compensated": own},
+            "nonfinite=": {"nonfinite": "skip" if own else "raise"},
+            "rules=": {"rules": {"*norm*": "copy"} if own else {}},
+        }.items():
+            with pytest.raises(polyak.MismatchError, match=f"ranks average differently: .*({text}|than this one)"):
+                polyak.WeightAverage(model, **options)
+        polyak.WeightAverage(model, polyak.Exponential(0.5)).check_in_sync(buffers=False)
+
+
+@on(4)
+def all_ranks_report_the_same(folder):
+    model, twin = make()
+    shard(model, mesh_of(2, 2))
+    average, mirror = polyak.WeightAverage(model, PROFILES), Mirror(twin)
+    for step in range(3):
+        sharded_zoo.drift(model, torch.Generator().manual_seed(step))
+        average.update(), mirror.update(model)
+    report, expected = average.report(), mirror.average.report()
+    assert report.source_moved
+    assert report.stuck == ()
+    for found, wanted in zip(report.averages, expected.averages, strict=True):
+        assert found.distance == pytest.approx(wanted.distance, rel=1e-12)
+        assert found.distances == pytest.approx(wanted.distances, rel=1e-12)
+    # Something that moves on other ranks only has moved; and an average that stays where it is there, too, is stuck.
+    average.reset()
+    place = model.embedding.weight._local_tensor
+    if distributed.get_rank() == 3:
+        place.add_(1)
+    assert average.report().source_moved
+    average._core.clock = dataclasses.replace(average._core.clock, num_updates=1)
+    assert average.report().stuck == ("embedding.weight",)

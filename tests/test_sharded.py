@@ -19,6 +19,7 @@ MODULES = [
     "sharded_export_checks",
     "sharded_flat_checks",
     "sharded_sync_checks",
+    "sharded_share_checks",
 ]
 HERE = Path(__file__).parent
 

@@ -19,12 +19,13 @@ from polyak.errors import StateError, listed
 from polyak.exporting import by_every_name, check_can_be_whole
 from polyak.kernels import Plan
 from polyak.profiles import Profile, named_profiles
+from polyak.replicas import Replicas
 from polyak.report import Report, make_report
 from polyak.source import Source
 from polyak.state import load_state, save_state
 from polyak.store import LocalStore, Modes
 from polyak.swapping import check_not_standing, raise_if_changed, swap_out
-from polyak.syncing import check_in_sync
+from polyak.syncing import check_alike, check_in_sync, together
 from polyak.view import AverageView
 
 _ADAPT = ". Where the model was changed on purpose, adapt() follows it; a new model needs a new average"
@@ -62,6 +63,9 @@ class WeightAverage:
             times nearer to their sources: for decays above 0.9999 and runs of many updates.
         seed: of stochastic rounding. The same seed, updates and names give the same bits.
         device: where the averages are. Default: where the source is.
+        shard_over: divide the averages among these data-parallel ranks, so that each keeps and updates its share of
+            every large tensor: torch's process group, or a dimension of a mesh over which the model is replicated, as
+            in `mesh["replicate"]`. Swaps, exports, and all that gives whole tensors then need every rank.
         nonfinite: what to do when the source holds a NaN or an infinity, which would stay in the average for ever.
             "raise" raises, on a GPU at the next call; "skip" leaves the update out, exactly as if it had not been due.
             Both read the weights once more, which makes an update up to three quarters longer, so that "propagate",
@@ -70,7 +74,8 @@ class WeightAverage:
 
     Raises:
         StateError: there is nothing to average, or a tensor that cannot be averaged.
-        MismatchError: two tensors of the model share memory without being the same tensor.
+        MismatchError: two tensors of the model share memory without being the same tensor; or ranks over which the
+            model or its averages are sharded have another model or other arguments.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -101,6 +106,7 @@ class WeightAverage:
         compensated: bool = False,
         seed: int = 0,
         device: torch.device | str | None = None,
+        shard_over: Any = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
         if nonfinite not in get_args(NonFinite):
@@ -115,9 +121,14 @@ class WeightAverage:
                 "bits, and not looked at for NaNs; leave these out, or shard the model by fully_shard (FSDP2)"
             )
         store = LocalStore(
-            source.entries, profiles, modes=modes, device=None if device is None else torch.device(device)
+            source.entries,
+            profiles,
+            modes=modes,
+            device=None if device is None else torch.device(device),
+            replicas=None if shard_over is None else Replicas(shard_over, source.entries),
         )
         self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
+        check_alike(self._core)
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -288,9 +299,10 @@ class WeightAverage:
     def raw_weights(self) -> dict[str, Tensor]:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
         core = self._core
-        core.verify()
-        check_can_be_whole(core, "raw_weights()")
-        return by_every_name(core.source.entries, core.store.raw()) | extra_states(core.source.model)
+        with together(core, "raw_weights()"):
+            core.verify()
+            check_can_be_whole(core, "raw_weights()")
+        return by_every_name(core, core.store.raw() if self.is_swapped else {}) | extra_states(core.source.model)
 
     def write_back(self) -> None:
         """Writes the average into the source for good; training goes on from it. See `AverageView.write_back`."""
@@ -332,7 +344,7 @@ class WeightAverage:
         anything is written.
         """
         self._core.verify_values()
-        if not self._core.source.shardings:
+        if not self._core.store.shardings:
             # Of a sharded model it may as well be what torch.distributed.checkpoint is about to load into.
             self._core.warn_if_never_updated("saved")
         return save_state(self._core)
@@ -367,7 +379,7 @@ class WeightAverage:
     def report(self, *, total: float | None = None) -> Report:
         """What was done so far, and what is done to which tensor; print it.
 
-        Where the model is sharded, distances and bytes are those of this rank's parts.
+        Where the model or its averages are sharded, every rank must call it, and gets the same but for its own bytes.
 
         Args:
             total: the planned length of the run, in units of the time axis; warns where an average is longer.
@@ -375,7 +387,8 @@ class WeightAverage:
         Raises:
             MismatchError: the model's tensors are not those that the average was made for.
         """
-        self._core.verify()
+        with together(self._core, "report()"):
+            self._core.verify()
         return make_report(self._core, total=total)
 
     def __repr__(self) -> str:

@@ -13,10 +13,10 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
 from polyak.clock import Clock
+from polyak.collectives import any_rank
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
 from polyak.profiles import Profile
-from polyak.shards import any_rank
 from polyak.source import Source, Watch
 from polyak.store import LocalStore, Step
 
@@ -107,7 +107,7 @@ class Core:
             growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
             self.follow_source()
             # One device does not know what others have found.
-            on_device = look and not self.source.meshes
+            on_device = look and not self.store.meshes
             if on_device and self.store.decide_on_device(self.clock.num_updates) is not None:
                 self._raise_late()
             elif look and not self._check_finite():
@@ -131,7 +131,7 @@ class Core:
 
     def advance(self, at: float | None) -> None:
         """One call of the clock, whose growth stays pending on the device until an update there applies it."""
-        if self.nonfinite != "propagate" and self.source.meshes:
+        if self.nonfinite != "propagate" and self.store.meshes:
             raise StateError(
                 f"advance() with nonfinite={self.nonfinite!r} of a model that is sharded over ranks: they agree on "
                 "each update, which one that is captured in a CUDA graph cannot. Leave nonfinite= out"
@@ -163,7 +163,7 @@ class Core:
 
     def _check_finite(self) -> bool:
         names = self.store.non_finite()
-        if not any_rank(len(names) > 0, self.source.meshes):
+        if not any_rank(len(names) > 0, self.store.meshes):
             return True
         if self.nonfinite == "raise":
             raise StateError(_non_finite(names, when="holds"))

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from polyak.collectives import whole
 from polyak.errors import MismatchError, StateError, listed, outside
 from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
 from polyak.names import WRAPPER_SEGMENTS, join
 from polyak.resharding import flat_rank, reshard
-from polyak.shards import Sharding, is_sharded, local, sharding_of, whole
+from polyak.shards import Sharding, is_sharded, local, sharding_of
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
 RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,21 +13,22 @@ from torch import Tensor
 
 from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
 from polyak.checkpoints import in_file_order, write_safetensors
+from polyak.collectives import all_or_none, is_first, whole
 from polyak.core import Core
-from polyak.entries import Entry, extra_states
+from polyak.entries import extra_states
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import cast_floating_point, check_floating_point, is_plain
-from polyak.shards import all_or_none, is_first, local, whole
+from polyak.shards import local
 
 _PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
 
 
-def by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors, whole, under each name that the bare model's `state_dict` has for them.
+def by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the store's tensors, whole, under each name that the bare model's `state_dict` has for them.
 
     Those not given are the source's. Where one is sharded, every rank must ask for it.
     """
-    found = live_by_every_name(entries, tensors)
+    found = _live_by_every_name(core, tensors)
     # Each name of a tied tensor has the same copy.
     copies = {key: _copy(tensor) for key, tensor in {id(tensor): tensor for tensor in found.values()}.items()}
     return {name: copies[id(tensor)] for name, tensor in found.items()}
@@ -38,14 +39,15 @@ def _copy(tensor: Tensor) -> Tensor:
     return together.clone() if together is tensor else together
 
 
-def live_by_every_name(entries: Iterable[Entry], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _live_by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same tensors themselves, as they lie over the ranks."""
     found: dict[str, Tensor] = {}
-    for entry in entries:
+    for entry in core.source.entries:
         if entry.persistent_names:
             tensor = tensors.get(entry.name, entry.local).detach()
-            if entry.sharding is not None:
-                tensor = entry.sharding.wrap(tensor)
+            sharding = core.store.shardings.get(entry.name) if entry.name in tensors else entry.sharding
+            if sharding is not None:
+                tensor = sharding.wrap(tensor)
             found.update(dict.fromkeys(entry.persistent_names, tensor))
     return found
 
@@ -66,7 +68,7 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
     Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
     """
     check_can_be_whole(core, "export()")
-    meshes = core.source.meshes
+    meshes = core.store.meshes
     what = f"export({os.fspath(path)!r})"
     with all_or_none(meshes, what):
         target, tensors = _prepare(core, name, path, dtype, writes=is_first(meshes))
@@ -100,7 +102,7 @@ def _prepare(
     core.verify_values()
     core.warn_if_never_updated("exported")
     bare = core.source.bare
-    tensors = live_by_every_name(core.source.entries, core.store.tensors(name))
+    tensors = _live_by_every_name(core, core.store.tensors(name))
     left_out = extra_states(bare)
     if left_out:
         warnings.warn(f"left out of the file, which holds tensors only: {listed(left_out)}", stacklevel=outside())

@@ -11,6 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from polyak.collectives import any_rank_each, sums_of_parts
 from polyak.core import Core
 from polyak.entries import Action
 from polyak.errors import listed, outside
@@ -141,9 +142,10 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
     averages: list[AverageReport] = []
     for name, profile in core.profiles.items():
         tensors = store.tensors(name)
-        parts: dict[str, list[tuple[float, float]]] = {}
-        for key in store.averages[name]:
-            parts.setdefault(key.partition(".")[0], []).append(_squares(tensors[key], raw[key]))
+        squares = {key: _squares(tensors[key], raw[key]) for key in store.names}
+        parts: dict[str, list[tuple[float, ...]]] = {}
+        for key, sums in sums_of_parts(squares, store.shardings).items():
+            parts.setdefault(key.partition(".")[0], []).append(sums)
         now = clock.profile_time
         averages.append(
             AverageReport(
@@ -211,7 +213,7 @@ def _find_moved(core: Core, raw: Mapping[str, Tensor]) -> set[str]:
     """Averaged entries whose source is not, bit for bit, what it was at first."""
     names = list(core.store.names)
     sums = checksums([raw[name] for name in names])
-    return {name for name, found in zip(names, sums, strict=True) if found != core.first_sums[name]}
+    return _on_any_rank(core, {name: found != core.first_sums[name] for name, found in zip(names, sums, strict=True)})
 
 
 def _find_stuck(core: Core, moved: set[str]) -> set[str]:
@@ -224,8 +226,15 @@ def _find_stuck(core: Core, moved: set[str]) -> set[str]:
     stuck = set(moved)
     for profile in core.profiles:
         first = core.first_average_sums[profile]
-        stuck -= {name for name, found in core.average_sums(profile, sorted(stuck)).items() if found != first[name]}
+        sums = core.average_sums(profile, sorted(stuck))
+        stuck -= _on_any_rank(core, {name: found != first[name] for name, found in sums.items()})
     return stuck
+
+
+def _on_any_rank(core: Core, mine: Mapping[str, bool]) -> set[str]:
+    """The names of which it is so on some rank."""
+    found = any_rank_each(list(mine.values()), core.store.meshes)
+    return {name for name, it_is in zip(mine, found, strict=True) if it_is}
 
 
 def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:
@@ -240,7 +249,7 @@ def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:
     return apart, size
 
 
-def _relative(squares: Sequence[tuple[float, float]]) -> float:
+def _relative(squares: Sequence[tuple[float, ...]]) -> float:
     apart, size = (sum(column) for column in zip(*squares, strict=True))
     return math.sqrt(apart / size) if size else float(apart > 0)
 

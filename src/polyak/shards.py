@@ -1,21 +1,19 @@
 """Tensors whose parts are on several ranks: the part that is here, where it lies in the whole, and the whole.
 
 What averages, swaps and saves is given the local part, a plain tensor, and knows nothing of the others. Nothing here
-sends a message but `whole`, `any_rank` and `all_or_none`. torch's part for it is looked for, not imported: who has none
-of its tensors need not wait for it.
+sends a message. torch's part for it is looked for, not imported: who has none of its tensors need not wait for it.
 """
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from polyak.errors import StateError
 
@@ -61,12 +59,15 @@ class Sharding:
         return any(placement.is_partial() for placement in self.placements)
 
     @property
+    def cutting(self) -> tuple[int, ...]:
+        """The dimensions of the mesh over which ranks have different parts of the whole."""
+        return tuple(number for number, placement in enumerate(self.placements) if not placement.is_replicate())
+
+    @property
     def label(self) -> str:
         """The same on all ranks that have the same part of the whole."""
         where = cast("list[int] | None", self.mesh.get_coordinate()) or [-1] * len(self.placements)
-        return str(
-            [place for place, placement in zip(where, self.placements, strict=True) if not placement.is_replicate()]
-        )
+        return str([where[number] for number in self.cutting])
 
     def wrap(self, part: Tensor) -> Tensor:
         """The DTensor of which this is the part that is here; complex numbers may be given as pairs of real ones.
@@ -117,16 +118,18 @@ class Sharding:
         coordinates: list[int] | None = self.mesh.get_coordinate()
         if coordinates is None:
             return [torch.arange(0, device="cpu") for _ in self.shape]
-        found: list[Tensor] = []
-        for dimension, size in enumerate(self.shape):
-            # A line along this dimension, for placements split a tensor along the dimension that they name.
-            line = torch.arange(size, device="cpu").view([-1 if d == dimension else 1 for d in range(len(self.shape))])
-            for number, placement in enumerate(self.placements):
-                if getattr(placement, "dim", None) == dimension:
-                    pieces, _ = placement._split_tensor(line, self.mesh.size(number), with_padding=False)
-                    line = pieces[coordinates[number]]
-            found.append(line.flatten())
-        return found
+        return [self.places(dimension, coordinates) for dimension in range(len(self.shape))]
+
+    def places(self, dimension: int, coordinates: Sequence[int]) -> Tensor:
+        """The indices along a dimension of the whole that the rank with these coordinates in the mesh has."""
+        indices = torch.arange(self.shape[dimension], device="cpu")
+        # A line along this dimension, for placements split a tensor along the dimension that they name.
+        line = indices.view([-1 if d == dimension else 1 for d in range(len(self.shape))])
+        for number, placement in enumerate(self.placements):
+            if getattr(placement, "dim", None) == dimension:
+                pieces, _ = placement._split_tensor(line, self.mesh.size(number), with_padding=False)
+                line = pieces[coordinates[number]]
+        return line.flatten()
 
 
 def sharding_of(tensor: Tensor) -> Sharding | None:
@@ -137,54 +140,6 @@ def sharding_of(tensor: Tensor) -> Sharding | None:
     return Sharding(kept.device_mesh, tuple(kept.placements), kept.shape, tuple(kept.stride()))
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All parts of a tensor put together, for which every rank must ask; a plain one itself."""
-    sharding = sharding_of(tensor)
-    if sharding is None:
-        return tensor
-    part = local(tensor)
-    # Messages go between the devices of the mesh.
-    together = cast("Any", sharding.wrap(part.to(sharding.mesh.device_type))).full_tensor()
-    return together.to(part.device)
-
-
 def describe(sharding: Sharding | None) -> str:
     """For errors."""
     return "not sharded" if sharding is None else f"sharded as {sharding}"
-
-
-def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
-    """Whether it is so on any rank of these meshes; every one of them must ask, and waits for the others."""
-    for mesh in meshes:
-        flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
-        for dimension in range(mesh.ndim):
-            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX, group=mesh.get_group(dimension))  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half untyped
-        mine = bool(flag.item())
-    return mine
-
-
-def meshes_of(shardings: Iterable[Sharding]) -> list[Any]:
-    """The meshes that this rank is in, each once, the largest last: what all of its ranks know then, all know."""
-    found = dict.fromkeys(sharding.mesh for sharding in shardings)
-    return sorted((mesh for mesh in found if mesh.get_coordinate() is not None), key=lambda mesh: mesh.size())
-
-
-def is_first(meshes: Sequence[Any]) -> bool:
-    """Whether this rank is the one that acts for all of these meshes; alone it does."""
-    return not meshes or not any(meshes[-1].get_coordinate())
-
-
-@contextmanager
-def all_or_none(meshes: Sequence[Any], what: str) -> Generator[None, None, None]:
-    """Every rank comes out of the `with`, or every rank raises; each of them must go in, and waits for the others.
-
-    Raises:
-        StateError: another rank raised an error.
-    """
-    try:
-        yield
-    except BaseException:
-        any_rank(True, meshes)
-        raise
-    if any_rank(False, meshes):
-        raise StateError(f"{what}: another rank raised an error, which says why. Nothing was written")

@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from polyak.collectives import meshes_of
 from polyak.entries import Entry, Rules, Site, gather, make_entry, resolve, unwrap, walk
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import average_dtype, checksums, is_plain, kind_of
 from polyak.names import renaming
 from polyak.resharding import flat_rank, reshard
-from polyak.shards import describe, is_sharded, local, meshes_of, sharding_of
+from polyak.shards import describe, is_sharded, local, sharding_of
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _IS_SOMETHING = partial(is_not, None)

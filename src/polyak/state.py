@@ -69,7 +69,7 @@ def _lasting(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _wrapped(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by name as they lie over the ranks."""
-    shardings = core.source.shardings
+    shardings = core.store.shardings
     return {name: shardings[name].wrap(t) if name in shardings else t for name, t in tensors.items()}
 
 
@@ -104,8 +104,9 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     sets += [(core.store.seconds[name], seconds[name], f"second terms of {name!r}") for name in compensated]
     for kept, found, what in [*sets, (kept_copies, copies, "copies")]:
         matched = _match(core, kept, found, ties, what)
-        targets += kept.values()
-        sources += [matched[name] for name in kept]
+        apart = [name for name in kept if not _is_same(kept[name], matched[name])]
+        targets += [kept[name] for name in apart]
+        sources += [matched[name] for name in apart]
     with torch.no_grad():
         copy_(targets, sources)
     core.store.resume(pending)
@@ -113,6 +114,12 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
     core.source.resume_sums(frozen)
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape are the same memory, as after a loader that reads in place."""
+    steps = zip(one.shape, one.stride(), other.stride(), strict=True)
+    return one.data_ptr() == other.data_ptr() and all(size == 1 or a == b for size, a, b in steps)
 
 
 def _configuration(core: Core) -> dict[str, Any]:
@@ -205,7 +212,7 @@ def _match(
 
 def _part(core: Core, name: str, kept: Tensor, saved: Tensor, what: str) -> Tensor:
     """What belongs here of a saved tensor, after it was checked; a whole one is cut."""
-    here = core.source.shardings.get(name)
+    here = core.store.shardings.get(name)
     wrapped = kept if here is None else here.wrap(kept)
     if not is_plain(local(saved)):
         raise FileFormatError(f"the state is damaged: {name!r} in the {what} of the state is no plain tensor")

@@ -12,9 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from polyak.collectives import any_rank
 from polyak.core import Core
 from polyak.errors import StateError, listed
 from polyak.shards import local
+from polyak.syncing import check_replicas, together
 
 # Models in which an average stands. Other averagers of the same model must know, or they would average an average.
 _STANDING: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -32,8 +34,10 @@ def check_not_standing(model: nn.Module, call: str) -> None:
 
 def swap_in(core: Core, name: str) -> None:
     """Puts the average of that name into the source, in which none stands; where it fails, `swap_out` undoes it."""
-    core.verify_values()
-    core.warn_if_never_updated("swapped in")
+    with together(core, "swapped()", sends=core.store.replicas is not None):
+        core.verify_values()
+        core.warn_if_never_updated("swapped in")
+    check_replicas(core, "swapped()")
     core.swapped = name
     _STANDING[core.source.bare] = name
     core.training_hook = register_optimizer_step_pre_hook(_refuse_to_train({id(e.tensor) for e in core.source.entries}))
@@ -53,6 +57,8 @@ def swap_out(core: Core) -> list[str]:
     # A pass inside has left the average, whole, where the next one would take it for the weights.
     core.source.reshard()
     changed = core.store.swap_out()
+    if core.store.replicas is not None and any_rank(len(changed) > 0, core.store.meshes) and not changed:
+        changed = ["parameters on another rank"]
     _note_changes(core)
     if core.training_hook is not None:
         core.training_hook.remove()
@@ -74,7 +80,7 @@ def _take_back_replaced(core: Core, name: str) -> list[str]:
 
     A buffer that was replaced was written, in another way: its value belongs to the average.
     """
-    raw, averages = core.store.raw(), core.store.tensors(name)
+    raw, averages = core.store.raw() | core.store.shared, core.store.tensors(name)
     parameters: list[str] = []
     for entry, site in core.source.replaced():
         found = local(site.tensor)

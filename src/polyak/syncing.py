@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
 
+from polyak.collectives import all_or_none, any_rank, apart, given_by_all
 from polyak.core import Core
 from polyak.errors import MismatchError, StateError, listed
-from polyak.kernels import parts_of
+from polyak.kernels import checksums, parts_of
 
 # What is compared, by the name of a number or of a tensor: where it lies in the whole, and its digest.
 _Digests = dict[str, tuple[str, str]]
@@ -20,7 +22,7 @@ _Digests = dict[str, tuple[str, str]]
 def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     """Compares the digests of all ranks; see `WeightAverage.check_in_sync`."""
     if not (distributed.is_available() and distributed.is_initialized()):
-        if core.source.meshes:
+        if core.store.meshes:
             raise StateError("check_in_sync() after the process group was destroyed: ranks cannot be compared any more")
         return
     mine: _Digests = {}
@@ -30,8 +32,7 @@ def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     # Whatever it is, the other ranks wait for a message of this one.
     except Exception as error:
         failure = error
-    given: list[Any] = [None] * cast("Any", distributed).get_world_size(group)
-    cast("Any", distributed).all_gather_object(given, (mine, failure and f"{type(failure).__name__}: {failure}"), group)
+    given = given_by_all((mine, failure and f"{type(failure).__name__}: {failure}"), group)
     if failure is not None:
         raise failure
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(given) if text]
@@ -46,21 +47,103 @@ def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
         )
 
 
+def check_alike(core: Core) -> None:
+    """Raises on every rank where some keep averages of another model, or in another way; for when they are made.
+
+    Where ranks share the averages of one model, their weights must be the same as well.
+
+    Raises:
+        MismatchError: ranks differ.
+        StateError: a message failed.
+    """
+    meshes = core.store.meshes
+    if not meshes:
+        return
+    mine = dict(_settings(core))
+    groups = [meshes[-1].get_group(dimension) for dimension in range(meshes[-1].ndim)]
+    found = [name for group in groups for name in _differences(given_by_all(mine, group))]
+    if any_rank(len(found) > 0, meshes):
+        raise MismatchError(
+            f"ranks average differently: {listed(dict.fromkeys(found)) or 'others than this one'}. Each of them must "
+            "have the same model, and a WeightAverage with the same arguments"
+        )
+    check_replicas(core, "shard_over")
+
+
+@contextmanager
+def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, None, None]:
+    """What ranks do before they send each other tensors: all of them come out of the `with`, or all of them raise.
+
+    Args:
+        core: whose ranks.
+        call: for the error.
+        sends: whether ranks will send anything; where not, each is on its own.
+
+    Raises:
+        StateError: another rank raised an error, or is lost.
+    """
+    with all_or_none(core.store.meshes if sends else [], call):
+        yield
+
+
+def check_replicas(core: Core, call: str) -> None:
+    """Raises on every rank where ranks that share the averages of one model have other weights, or another time.
+
+    Raises:
+        MismatchError: ranks differ.
+        StateError: a message failed.
+    """
+    replicas = core.store.replicas
+    if replicas is None:
+        return
+    weights = {e.name: e.local for e in core.source.entries if e.is_parameter and e.action == "average"}
+    clock = int.from_bytes(hashlib.blake2b(repr(core.clock.state()).encode(), digest_size=8).digest(), "big")
+    positions = apart([clock, *checksums(list(weights.values()))], replicas.mesh)
+    found = [["the number of updates, or the time", *weights][position] for position in positions]
+    if any_rank(len(found) > 0, core.store.meshes):
+        raise MismatchError(
+            f"{call}: ranks that share averages have different {listed(found) or 'weights, others than this one'}. "
+            "Each takes what the others have for its own, so nothing was written. They must start from the same "
+            "weights, as DistributedDataParallel makes them, and make the same steps"
+        )
+
+
+def _settings(core: Core) -> Iterator[tuple[str, tuple[str, str]]]:
+    """What all ranks must have alike."""
+    store = core.store
+    shared = store.shared
+    kinds = [
+        (e.name, e.aliases, e.action, str(e.dtype), tuple(e.shape), e.local.stride() if e.name in shared else ())
+        for e in core.source.entries
+    ]
+    yield "the tensors of the model, or rules=", ("", repr(kinds))
+    yield "the profiles", ("", repr(core.profiles))
+    yield "every= or start=", ("", repr((core.clock.every, core.clock.start)))
+    yield "dtype=, compensated= or seed=", ("", repr(store.modes))
+    yield "nonfinite=", ("", repr(core.nonfinite))
+    yield "shard_over=", ("", repr(sorted(shared)))
+
+
 def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str]]]:
     core.verify()
     store = core.store
     yield "the clock", ("", repr((core.clock.state(), store.pending)))
-    kinds = [(entry.name, entry.action, str(entry.dtype), tuple(entry.shape)) for entry in core.source.entries]
-    yield "the configuration", ("", repr((core.profiles, core.clock.every, core.clock.start, store.modes, kinds)))
+    yield from _settings(core)
     entries = [entry for entry in core.source.entries if entry.is_parameter or buffers]
     for profile in core.profiles:
         tensors, seconds = store.tensors(profile), store.seconds[profile]
         for entry in entries:
-            place = "" if entry.sharding is None else entry.sharding.label
+            sharding = store.shardings.get(entry.name)
+            place = "" if sharding is None else sharding.label
             place = place if core.source.flat_rank is None else str(core.source.flat_rank)
             found = [kept[entry.name] for kept in (tensors, seconds) if entry.name in kept]
             if found:
                 yield f"{entry.name} ({profile})", (place, _digest(found))
+    if core.swapped is None:
+        # Of what is shared, no two ranks have the same part: they are as right as its source is.
+        for entry in (entry for entry in entries if entry.name in store.shared):
+            place = "" if entry.sharding is None else entry.sharding.label
+            yield f"{entry.name} of the model", (place, _digest([entry.local]))
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

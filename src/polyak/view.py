@@ -12,12 +12,13 @@ from polyak.core import Core
 from polyak.entries import extra_states
 from polyak.errors import StateError, listed
 from polyak.exporting import by_every_name, check_can_be_whole, export
-from polyak.kernels import check_floating_point, copy_
+from polyak.kernels import check_floating_point
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.shards import local
 from polyak.source import Watch, match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
+from polyak.syncing import together
 
 
 class AverageView:
@@ -88,9 +89,10 @@ class AverageView:
         source, and so is what modules give by `get_extra_state`; non-persistent buffers are not.
         """
         core = self._core
-        core.verify()
-        check_can_be_whole(core, "weights()")
-        tensors = by_every_name(core.source.entries, core.store.tensors(self.name))
+        with together(core, "weights()"):
+            core.verify()
+            check_can_be_whole(core, "weights()")
+        tensors = by_every_name(core, core.store.tensors(self.name))
         return tensors | extra_states(core.source.model)
 
     def write_back(self) -> None:
@@ -116,15 +118,16 @@ class AverageView:
             StateError: an average stands in the source.
         """
         core = self._core
-        check_not_standing(core.source.bare, "copy_to()")
-        core.verify()
-        entries = core.source.entries
-        found = match_sites(model, entries, given_by="the given model")
+        with together(core, "copy_to()", sends=core.store.replicas is not None):
+            check_not_standing(core.source.bare, "copy_to()")
+            core.verify()
+            entries = core.source.entries
+            found = match_sites(model, entries, given_by="the given model")
         tensors = core.store.tensors(self.name)
         with torch.no_grad():
-            copy_(
-                [local(found[entry.name][0].tensor) for entry in entries],
-                [tensors.get(entry.name, entry.local) for entry in entries],
+            core.store.write_to(
+                {entry.name: local(found[entry.name][0].tensor) for entry in entries},
+                {entry.name: tensors.get(entry.name, entry.local) for entry in entries},
             )
 
     def module(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -140,13 +143,19 @@ class AverageView:
         core = self._core
         if dtype is not None:
             check_floating_point(dtype)
-        self._check_whole("module()")
-        core.verify()
+        with together(core, "module()", sends=core.store.replicas is not None):
+            self._check_whole("module()")
+            core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
         for entry in core.source.entries:
             wanted = entry.tensor.dtype if dtype is None or not entry.tensor.is_floating_point() else dtype
-            copies[entry.name] = tensors.get(entry.name, entry.tensor).detach().to(wanted, copy=True)
+            kept = tensors.get(entry.name, entry.tensor).detach()
+            if entry.name in core.store.shared:
+                copies[entry.name] = torch.empty_like(entry.tensor.detach(), dtype=wanted, device=kept.device)
+            else:
+                copies[entry.name] = kept.to(wanted, copy=True)
+        core.store.write_to({name: copies[name] for name in core.store.shared}, tensors)
         return build_module(core.source.bare, core.source.entries, copies, owners=(self._owner, core))
 
     def _check_whole(self, call: str) -> None:
@@ -172,6 +181,10 @@ class AverageView:
         core = self._core
         check_not_standing(core.source.bare, "live_module()")
         self._check_whole("live_module()")
+        if core.store.replicas is not None:
+            raise StateError(
+                "live_module() with shard_over=: each rank has its share of the average only. module() puts it together"
+            )
         core.verify()
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))

@@ -19,6 +19,8 @@ from .memory import is_freed as is_freed
 from .memory import is_plain as is_plain
 from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
+from .pieces import flat_parts as flat_parts
+from .pieces import is_dense as is_dense
 from .pieces import parts_of as parts_of
 from .plan import Plan as Plan
 from .precision import HALF as HALF

@@ -109,6 +109,23 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
             yield tensor[start : start + rows]
 
 
+def flat_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as flat views of its memory, as few as there are gaps in it; tensors of one layout are cut alike.
+
+    Example:
+        >>> [part.tolist() for part in flat_parts(torch.arange(6).view(2, 3)[:, :2])]
+        [[0, 1], [3, 4]]
+    """
+    if tensor.numel() == 0:
+        return
+    if is_dense(tensor):
+        yield tensor.as_strided((tensor.numel(),), (1,))
+        return
+    dimension = max(range(tensor.dim()), key=lambda d: tensor.stride(d) * (tensor.shape[d] > 1))
+    for row in tensor.unbind(dimension):
+        yield from flat_parts(row)
+
+
 def _same_dense_layout(one: Tensor, other: Tensor) -> bool:
     return one.stride() == other.stride() and is_dense(one)
 

@@ -23,7 +23,7 @@ class Row:
         seconds: what the averages are short of, one for each, where the sum is compensated; int16, see fractions.py.
         key: what makes the random bits of this tensor its own, where the averages are rounded stochastically.
         first: the number of the averages' first element in the whole tensor, where they are a part of it.
-        strides: of the whole tensor, where they are a part of it.
+        strides: of the whole tensor, where they are a part of it that is to be updated in stretches without gaps.
     """
 
     name: str
@@ -56,7 +56,7 @@ def real_rows(row: Row) -> list[Row]:
         [[[1.0, 2.0]]]
     """
     if not row.source.is_complex():
-        return [row] if row.key is None or row.strides is None else list(_stretches(row, row.strides))
+        return [row] if row.strides is None else list(_stretches(row, row.strides))
     if not any(tensor.is_conj() for tensor in row.tensors):
         as_pairs = torch.view_as_real
         return [replace(row, source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
@@ -85,6 +85,11 @@ def _stretches(row: Row, strides: tuple[int, ...]) -> Iterator[Row]:
     dimension = max(gaps, key=lambda d: part.stride(d))
     rest = strides[:dimension] + strides[dimension + 1 :]
     for number in range(part.shape[dimension]):
-        source, *averages = (tensor.select(dimension, number) for tensor in row.tensors)
-        first = row.first + number * strides[dimension]
-        yield from _stretches(replace(row, source=source, averages=tuple(averages), first=first), rest)
+        cut = replace(
+            row,
+            source=row.source.select(dimension, number),
+            averages=tuple(average.select(dimension, number) for average in row.averages),
+            seconds=tuple(second.select(dimension, number) for second in row.seconds),
+            first=row.first + number * strides[dimension],
+        )
+        yield from _stretches(cut, rest)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polyak.collectives import meshes_of
 from polyak.entries import Entry
 from polyak.errors import StateError, listed
-from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy
+from polyak.gathering import gathering
+from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, is_dense
+from polyak.replicas import Replicas
 from polyak.store.guard import Guard
 from polyak.store.modes import Modes
 from polyak.store.step import Step
-from polyak.store.swap import Swap
+from polyak.store.swap import Swap, Whole
 
 
 class LocalStore:
@@ -28,6 +32,10 @@ class LocalStore:
         pending: for each profile, growth that no update has applied yet. Here an update applies all of it; a store that
             works beside the training may fall behind.
         modes: how the averages are kept.
+        replicas: the ranks among which the averages are divided.
+        shardings: how the averages lie over the ranks, by name; plain ones are not among them.
+        meshes: the ranks over which they lie.
+        shared: by name, all of each source of whose average only this rank's share is here.
         guard: what decides about updates on the device, once `decide_on_device` was called.
         lent: whether modules hold the averages themselves, so that torch must see that they change.
     """
@@ -39,8 +47,10 @@ class LocalStore:
         *,
         modes: Modes | None = None,
         device: torch.device | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.modes = modes or Modes()
+        self.replicas = replicas
         self.lent = False
         self.guard: Guard | None = None
         self._device = device
@@ -50,7 +60,7 @@ class LocalStore:
         averaged = [entry for entry in entries if entry.action == "average"]
         with torch.inference_mode(False):
             self.averages: dict[str, dict[str, Tensor]] = {
-                profile: {entry.name: self.modes.average_of(entry.local, device) for entry in averaged}
+                profile: {entry.name: self.modes.average_of(self._part(entry), device) for entry in averaged}
                 for profile in profiles
             }
             self.seconds = {
@@ -85,14 +95,15 @@ class LocalStore:
         moved = [
             entry.name
             for entry in entries
-            if entry.name in self.names and entry.sharding != self._shardings.get(entry.name)
+            if entry.name in self.names and entry.sharding != self._source_shardings.get(entry.name)
         ]
         if moved:
             raise StateError(
                 f"{listed(moved)} lie otherwise over the ranks than their averages: make the average after the model "
                 "is sharded, or save its state by torch.distributed.checkpoint and load it into a new one"
             )
-        store = LocalStore(entries, self.averages, modes=self.modes, device=self._device)
+        replicas = None if self.replicas is None else Replicas(self.replicas.over, entries)
+        store = LocalStore(entries, self.averages, modes=self.modes, device=self._device, replicas=replicas)
         for profile, averages in store.averages.items():
             for name, tensor in averages.items():
                 kept = self.averages[profile].get(name)
@@ -115,11 +126,21 @@ class LocalStore:
             return
         # Scratch memory and views that are made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self._sources = {entry.name: entry.local.detach() for entry in entries if entry.action != "skip"}
-            self._shardings = {e.name: e.sharding for e in entries if e.sharding is not None}
+            self._sources = {entry.name: self._part(entry) for entry in entries if entry.action != "skip"}
+            self._source_shardings = {e.name: e.sharding for e in entries if e.sharding is not None}
+            self.shared: dict[str, Tensor] = {}
+            self.shardings = dict(self._source_shardings)
+            if self.replicas is not None:
+                self.shared = {e.name: e.local.detach() for e in entries if e.name in self.replicas.shares}
+                self.shardings |= {name: share.sharding for name, share in self.replicas.shares.items()}
+            self.meshes = meshes_of(self.shardings.values())
             self._follow_copies([entry for entry in entries if entry.action == "copy"])
             self._plan_updates()
         self._entries = entries
+
+    def _part(self, entry: Entry) -> Tensor:
+        part = entry.local.detach()
+        return part if self.replicas is None else self.replicas.part(entry.name, part)
 
     def _follow_copies(self, entries: Sequence[Entry]) -> None:
         """Holds a copy for each of these and no others; one that is new, or has another shape now, is the source's."""
@@ -145,10 +166,12 @@ class LocalStore:
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
         seconds = tuple(seconds[name] for seconds in self.seconds.values() if name in seconds)
-        key, sharding = self.modes.key_of(name, averages[0]), self._shardings.get(name)
-        if key is None or sharding is None:
-            return Row(name, self._sources[name], averages, seconds, key)
-        return Row(name, self._sources[name], averages, seconds, key, sharding.first, sharding.stride)
+        key, sharding = self.modes.key_of(name, averages[0]), self.shardings.get(name)
+        if key is not None and sharding is not None:
+            return Row(name, self._sources[name], averages, seconds, key, sharding.first, sharding.stride)
+        # Of a slice that has gaps, its stretches without gaps are updated, each by the fastest kernel.
+        strides = None if name not in self.shared or is_dense(self._sources[name]) else self._sources[name].stride()
+        return Row(name, self._sources[name], averages, seconds, key, strides=strides)
 
     def begin(self) -> None:
         """Takes the sources as the averages, with nothing pending."""
@@ -214,7 +237,8 @@ class LocalStore:
         averages = {**self.averages[profile], **self.copies}
         pairs = {name: (self._sources[name], averages[name]) for name in averages}
         with torch.inference_mode(False):
-            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside)
+            whole = Whole(self.shared, partial(gathering, self.replicas)) if self.replicas is not None else None
+            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, whole=whole)
         self.swap.enter()
 
     def swap_out(self) -> list[str]:
@@ -236,6 +260,19 @@ class LocalStore:
     def raw(self) -> dict[str, Tensor]:
         """The source's own values by name, live, also while an average stands in the source."""
         return dict(self._sources) if self.swap is None else {**self._sources, **self.swap.raw()}
+
+    def write_to(self, targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors of this store, or of the source, into others that are as large as the source's.
+
+        Where averages are divided among ranks, each of these must call it.
+        """
+        replicas = self.replicas
+        shares = {} if replicas is None else {name: replicas.shares[name] for name in self.shared.keys() & tensors}
+        parts = {name: shares[name].of(target) if name in shares else target for name, target in targets.items()}
+        copy_(list(parts.values()), [tensors[name] for name in parts])
+        if replicas is not None:
+            for operation in gathering(replicas, {name: targets[name] for name in targets if name in shares}):
+                operation()
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -22,6 +23,19 @@ from polyak.kernels import (
 _Way = Literal["exchange", "halves", "keep"]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """Sources of which a swap is given this rank's share only.
+
+    Attributes:
+        tensors: all of each, by name.
+        gathering: the operations by which the shares of all ranks become these, whenever they are asked for.
+    """
+
+    tensors: Mapping[str, Tensor]
+    gathering: Callable[[Mapping[str, Tensor]], list[Callable[[], None]]]
+
+
 class Swap:
     """One swap of an average and its source.
 
@@ -33,10 +47,20 @@ class Swap:
         pairs: source and average by name.
         buffers: the names of those that are no parameters: what is written to them inside belongs to the average.
         aside: leave the averages where they are.
+        whole: where ranks share the averages of one model. Each exchanges its share, so that the raw weights are kept
+            among them as well, and takes the rest from the others.
     """
 
-    def __init__(self, pairs: Mapping[str, tuple[Tensor, Tensor]], *, buffers: frozenset[str], aside: bool) -> None:
+    def __init__(
+        self,
+        pairs: Mapping[str, tuple[Tensor, Tensor]],
+        *,
+        buffers: frozenset[str],
+        aside: bool,
+        whole: Whole | None = None,
+    ) -> None:
         self._pairs = dict(pairs)
+        self._whole: Mapping[str, Tensor] = {} if whole is None else whole.tensors
         self._ways: dict[str, _Way] = {
             name: _way(*pair, is_buffer=name in buffers, aside=aside) for name, pair in pairs.items()
         }
@@ -46,9 +70,10 @@ class Swap:
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))
         keep = [partial(copy_, list(self._kept.values()), sources), partial(copy_, sources, averages)]
-        self._in = Journal([*keep, *exchange(*exchanging), *enter])
+        gather, gather_back = ([], []) if whole is None else (whole.gathering(self._whole) for _ in range(2))
+        self._in = Journal([*keep, *exchange(*exchanging), *enter, *gather])
         back = [partial(copy_, sources, list(self._kept.values())), *exchange(*exchanging), *leave]
-        self._out = Journal([self._look, self._keep_buffers, *back])
+        self._out = Journal([self._look, self._keep_buffers, *back, *gather_back])
         # The sum of each parameter's bits, as the average put them there.
         self._sums: list[int] | None = None
         self._changed: list[str] = []
@@ -60,7 +85,8 @@ class Swap:
         return [self._pairs[name][0] for name in names], [self._pairs[name][1] for name in names]
 
     def _parameters(self) -> dict[str, Tensor]:
-        return {name: source for name, (source, _) in self._pairs.items() if name not in self._buffers}
+        sources = {name: source for name, (source, _) in self._pairs.items()} | dict(self._whole)
+        return {name: source for name, source in sources.items() if name not in self._buffers}
 
     def enter(self) -> None:
         """Puts the average into the source."""
