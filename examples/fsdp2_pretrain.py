@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py               # less than a minute; writes runs/fsdp2
     torchrun --nproc-per-node=2 examples/fsdp2_pretrain.py --steps 160 --resume   # goes on, here on two ranks
+    torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py --shard-over 2         # two replicas share the averages
 
 It runs on GPUs where there are any, one for each rank, and otherwise on CPUs. The text is the part of Python's manual
 that comes with Python. The learning rate stays high, as it does through most of a long run, so that the raw weights
@@ -108,16 +109,20 @@ def mean_of_ranks(loss: Tensor) -> float:
 class Training:
     """All that changes during the training, saved and loaded together."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, num_replicas: int) -> None:
         torch.manual_seed(0)  # the same weights on every rank, of which each keeps its part
         self.device = device
         self.model = Decoder().to(device)
-        mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+        shape = (num_replicas, distributed.get_world_size() // num_replicas)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        mesh = mesh if num_replicas > 1 else mesh["shard"]
         for block in self.model.blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95))
-        self.average = polyak.WeightAverage(self.model, PROFILES)  # after sharding, of the parts that are here
+        # After sharding, of the parts that are here; where several ranks have the same part, they divide its averages.
+        over = mesh["replicate"] if num_replicas > 1 else None
+        self.average = polyak.WeightAverage(self.model, PROFILES, shard_over=over)
         self.num_steps = 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,6 +188,7 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for the checkpoints and the export.")] = Path("runs/fsdp2"),
     steps: Annotated[int, typer.Option(min=1, help="How many steps to train in all.")] = 100,
     save_every: Annotated[int, typer.Option(min=1, help="Save and test after so many steps.")] = 25,
+    shard_over: Annotated[int, typer.Option(min=1, help="Replicas of the model, which share its averages.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in the folder.")] = False,
 ) -> None:
     """Train a small language model over the ranks that torchrun starts, and compare its weights with averages."""
@@ -194,14 +200,19 @@ def main(
     num_ranks = distributed.get_world_size()
     if BATCH_SIZE % num_ranks:
         raise SystemExit(f"{num_ranks} ranks cannot share batches of {BATCH_SIZE} equally")
+    if num_ranks % shard_over:
+        raise SystemExit(f"{num_ranks} ranks cannot hold {shard_over} replicas of the model")
     console = Console(quiet=distributed.get_rank() != 0, soft_wrap=True)
     output.mkdir(parents=True, exist_ok=True)
     train_tokens, test_tokens = load_text()
-    training = Training(device)
+    training = Training(device, shard_over)
     if resume:
         console.print(f"resumed {training.load(output)} on {num_ranks} ranks, averages {training.digest()}")
     num_parameters = sum(parameter.numel() for parameter in training.model.parameters())
-    console.print(f"{num_parameters:,} parameters, {num_ranks} ranks, {device.type}")
+    num_bytes = training.average.report().num_bytes
+    console.print(
+        f"{num_parameters:,} parameters, {num_ranks} ranks, {device.type}, {num_bytes:,} bytes of averages each"
+    )
     while training.num_steps < steps:
         loss = training.step(train_tokens)
         if training.num_steps % save_every == 0 or training.num_steps == steps:

@@ -1,8 +1,7 @@
 """Runs checks in several processes that are started once for all of them: `python ranks.py FOLDER MODULE...`.
 
 Processes are forked from one that has imported what is slow to import. The checks of a module are its functions with
-the mark `on`; those for four ranks run first, then those for two, then those for one, which may read what was left for
-them.
+the mark `on`; those for four ranks run first and those for one last, which may read what was left for them.
 """
 
 import importlib
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-_SIZES = (4, 2, 1)
+_SIZES = (4, 3, 2, 1)
 
 
 def on(size):

@@ -92,6 +92,11 @@ def shares_of_four_are_one_process(folder):
     check_shares_are_one_process([Odd], MODES)
 
 
+@on(3)
+def shares_of_three_are_one_process(folder):
+    check_shares_are_one_process([Odd], MODES[:3])
+
+
 @on(2)
 def shares_of_two_are_one_process(folder):
     check_shares_are_one_process([Odd, zoo.batchnorm], MODES[:3])

@@ -146,7 +146,10 @@ def torchrun(example, *options, num_ranks):
 def test_a_sharded_pretraining_is_resumed_on_another_number_of_ranks(tmp_path):
     path = tmp_path / "power.safetensors"
     options = ["--output", tmp_path, "--save-every", 2]
-    printed = torchrun("fsdp2_pretrain", *options, "--steps", 4, num_ranks=2)
+    printed = torchrun("fsdp2_pretrain", *options, "--steps", 4, "--shard-over", 2, num_ranks=2)
+    (num_parameters, num_bytes) = re.findall(r"([\d,]+) parameters, .* ([\d,]+) bytes", printed)[0]
+    # Two averages in float32, of which each of the two ranks has half.
+    assert int(num_bytes.replace(",", "")) == 2 * 4 * int(num_parameters.replace(",", "")) / 2
     (digest,) = re.findall(r"step-4 .* averages (\w{16})$", printed, re.MULTILINE)
     (loss,) = re.findall(r"step-4 .* power ([\d.]+) ", printed)
 

@@ -52,6 +52,8 @@ def whole(tensor: Tensor) -> Tensor:
     # Messages go between the devices of the mesh.
     wrapped = cast("Any", sharding.wrap(part.to(sharding.mesh.device_type)))
     with messages():
+        for placements in sharding.unrolled():
+            wrapped = wrapped.redistribute(placements=placements)
         return wrapped.full_tensor().to(part.device)
 
 

@@ -18,6 +18,8 @@ Operation = Callable[[], None]
 # Of what all ranks give in one message; of each, where they are many, no less than the second.
 _MESSAGE_BYTES = 1 << 26
 _LEAST_BYTES = 1 << 16
+# Its name since torch 2.13, and the one before.
+_all_gather = getattr(distributed, "all_gather_single", None) or cast("Any", distributed).all_gather_into_tensor
 
 
 class _Buffer:
@@ -104,7 +106,7 @@ def _send(replicas: Replicas, buffer: _Buffer, mine: list[Tensor]) -> None:
         whole = received.to(replicas.mesh.device_type)
         # As bytes, for not every backend takes every dtype.
         bytes_there, all_bytes = there.view(torch.uint8), whole.view(torch.uint8).flatten()
-        cast("Any", distributed).all_gather_into_tensor(all_bytes, bytes_there, group=replicas.group)
+        _all_gather(all_bytes, bytes_there, group=replicas.group)
         if whole is not received:
             received.copy_(whole)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,6 +62,19 @@ class Sharding:
     def cutting(self) -> tuple[int, ...]:
         """The dimensions of the mesh over which ranks have different parts of the whole."""
         return tuple(number for number, placement in enumerate(self.placements) if not placement.is_replicate())
+
+    def unrolled(self) -> Iterator[tuple[Any, ...]]:
+        """The placements that are left after each cut is undone that was made after those to the right of it.
+
+        torch undoes cuts from the right, and warns where it has to find such an order by itself.
+        """
+        from torch.distributed.tensor import Replicate
+
+        left = list(self.placements)
+        for number, placement in enumerate(self.placements):
+            if type(placement).__name__ == "_StridedShard":
+                left[number] = Replicate()
+                yield tuple(left)
 
     @property
     def label(self) -> str:

@@ -56,9 +56,15 @@ def swap_out(core: Core) -> list[str]:
         return []
     # A pass inside has left the average, whole, where the next one would take it for the weights.
     core.source.reshard()
-    changed = core.store.swap_out()
-    if core.store.replicas is not None and any_rank(len(changed) > 0, core.store.meshes) and not changed:
-        changed = ["parameters on another rank"]
+    try:
+        changed = core.store.swap_out()
+        if core.store.replicas is not None and any_rank(len(changed) > 0, core.store.meshes) and not changed:
+            changed = ["parameters on another rank"]
+    except StateError as error:
+        raise StateError(
+            "the trained weights cannot be put back: each rank holds its share of them, and not all ranks answer. End "
+            f"this run, and go on from the last checkpoint. {error}"
+        ) from error
     _note_changes(core)
     if core.training_hook is not None:
         core.training_hook.remove()
