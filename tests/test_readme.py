@@ -51,7 +51,16 @@ def test_each_test_that_it_names_exists():
 )
 def test_its_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!http)([^)]+)\)", path.read_text()):
-        assert (path.parent / target).exists(), target
+        file, _, heading = target.partition("#")
+        found = path.parent / file if file else path
+        assert found.exists(), target
+        assert not heading or heading in headings(found), target
+
+
+def headings(path):
+    """What GitHub makes of the headings of a page, for links to them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_its_commands_are_targets_of_the_makefile():
