@@ -137,8 +137,24 @@ def all_ranks_report_the_same(folder):
     # Something that moves on other ranks only has moved; and an average that stays where it is there, too, is stuck.
     average.reset()
     place = model.embedding.weight._local_tensor
-    if distributed.get_rank() == 3:
+    if distributed.get_rank() % 2:
         place.add_(1)
     assert average.report().source_moved
     average._core.clock = dataclasses.replace(average._core.clock, num_updates=1)
     assert average.report().stuck == ("embedding.weight",)
+
+
+@on(4)
+def plain_tensors_of_one_rank_are_its_own(folder):
+    rank = distributed.get_rank()
+    model, _ = make()
+    experts = nn.ModuleDict({f"expert_{rank}_{number}": nn.Linear(2, 2 + rank) for number in range(1 + rank)})
+    shard(model)
+    model.experts = experts
+    average = polyak.WeightAverage(model, polyak.Uniform())
+    sharded_zoo.drift(model, torch.Generator().manual_seed(0))
+    average.update()
+    report = average.report()
+    assert report.stuck == ()
+    assert set(report.averages[0].distances) > {"embedding", "experts"}
+    assert f"experts.expert_{rank}_0.weight" in average.weights()

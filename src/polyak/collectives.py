@@ -63,23 +63,13 @@ def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
     Raises:
         StateError: a message failed.
     """
-    return any_rank_each([mine], meshes)[0]
-
-
-def any_rank_each(mine: Sequence[bool], meshes: Sequence[Any]) -> list[bool]:
-    """For each of several questions, which all ranks ask in one order, whether it is so on any rank of these meshes.
-
-    Raises:
-        StateError: a message failed.
-    """
-    found = list(mine)
     for mesh in meshes:
         with messages():
-            flags = torch.tensor(found, dtype=torch.int32, device=mesh.device_type)
+            flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
             for dimension in range(mesh.ndim):
-                _reduce(flags, distributed.ReduceOp.MAX, mesh.get_group(dimension))
-            found = [bool(flag) for flag in flags.tolist()]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType, reportUnknownArgumentType]  # torch leaves it half untyped
-    return found
+                _reduce(flag, distributed.ReduceOp.MAX, mesh.get_group(dimension))
+            mine = bool(flag.item())
+    return mine
 
 
 def apart(numbers: Sequence[int], mesh: Any) -> list[int]:

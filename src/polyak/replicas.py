@@ -159,16 +159,25 @@ def _share_of_mesh(there: Sharding, replicated: int, rank: int) -> Share | None:
     placement = _placement(there, replicated, dimension)
     placements = (*there.placements[:replicated], placement, *there.placements[replicated + 1 :])
     sharding = Sharding(there.mesh, placements, there.shape, there.stride)
-    for coordinates in itertools.product(*map(range, there.mesh.shape)):
-        whole_part = there.places(dimension, coordinates)
-        sizes = _chunks(len(whole_part), size)
-        start = sum(sizes[: coordinates[replicated]])
-        mine = whole_part[start : start + sizes[coordinates[replicated]]]
-        if not torch.equal(mine, sharding.places(dimension, coordinates)):
-            # torch cannot name such a layout (few, uneven rows); the tensor is left whole on every rank.
-            return None
+    if there.shape[dimension] % needed[dimension] and not _is_named_right(there, sharding, replicated, dimension):
+        return None
     here = there.places(dimension, cast("list[int]", there.mesh.get_coordinate()))
     return Share(sharding, dimension, _chunks(len(here), size), rank)
+
+
+def _is_named_right(there: Sharding, sharding: Sharding, replicated: int, dimension: int) -> bool:
+    """Whether torch takes the placements for the same slices on every rank; of few, uneven rows it may not.
+
+    Every rank looks at all of them, so that all come to the same without a message.
+    """
+    for coordinates in itertools.product(*map(range, there.mesh.shape)):
+        part = there.places(dimension, coordinates)
+        sizes = _chunks(len(part), there.mesh.size(replicated))
+        start = sum(sizes[: coordinates[replicated]])
+        mine = part[start : start + sizes[coordinates[replicated]]]
+        if not torch.equal(mine, sharding.places(dimension, coordinates)):
+            return False
+    return True
 
 
 def _num_parts(there: Sharding, dimension: int) -> int:

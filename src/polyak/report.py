@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from polyak.collectives import any_rank_each, sums_of_parts
+from polyak.collectives import sums_of_parts
 from polyak.core import Core
 from polyak.entries import Action
 from polyak.errors import listed, outside
@@ -232,9 +232,9 @@ def _find_stuck(core: Core, moved: set[str]) -> set[str]:
 
 
 def _on_any_rank(core: Core, mine: Mapping[str, bool]) -> set[str]:
-    """The names of which it is so on some rank."""
-    found = any_rank_each(list(mine.values()), core.store.meshes)
-    return {name for name, it_is in zip(mine, found, strict=True) if it_is}
+    """The names of which it is so in some rank's part."""
+    found = sums_of_parts({name: (float(it_is),) for name, it_is in mine.items()}, core.store.shardings)
+    return {name for name, (number,) in found.items() if number}
 
 
 def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 
 from polyak.collectives import all_or_none, any_rank, apart, given_by_all
 from polyak.core import Core
+from polyak.entries import Entry
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import checksums, parts_of
 
@@ -59,7 +60,8 @@ def check_alike(core: Core) -> None:
     meshes = core.store.meshes
     if not meshes:
         return
-    mine = dict(_settings(core))
+    # Plain tensors are each rank's own business: experts of a mixture may well be others elsewhere.
+    mine = dict(_settings(core, [entry for entry in core.source.entries if entry.name in core.store.shardings]))
     groups = [meshes[-1].get_group(dimension) for dimension in range(meshes[-1].ndim)]
     found = [name for group in groups for name in _differences(given_by_all(mine, group))]
     if any_rank(len(found) > 0, meshes):
@@ -108,13 +110,13 @@ def check_replicas(core: Core, call: str) -> None:
         )
 
 
-def _settings(core: Core) -> Iterator[tuple[str, tuple[str, str]]]:
+def _settings(core: Core, entries: Iterable[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
     """What all ranks must have alike."""
     store = core.store
     shared = store.shared
     kinds = [
         (e.name, e.aliases, e.action, str(e.dtype), tuple(e.shape), e.local.stride() if e.name in shared else ())
-        for e in core.source.entries
+        for e in entries
     ]
     yield "the tensors of the model, or rules=", ("", repr(kinds))
     yield "the profiles", ("", repr(core.profiles))
@@ -128,7 +130,7 @@ def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str
     core.verify()
     store = core.store
     yield "the clock", ("", repr((core.clock.state(), store.pending)))
-    yield from _settings(core)
+    yield from _settings(core, core.source.entries)
     entries = [entry for entry in core.source.entries if entry.is_parameter or buffers]
     for profile in core.profiles:
         tensors, seconds = store.tensors(profile), store.seconds[profile]
