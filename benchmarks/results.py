@@ -67,8 +67,10 @@ def as_record(measurement: Measurement) -> dict[str, Any]:
     }
 
 
-def markdown(machine: dict[str, str], tables: Sequence[Table], picture: str | None) -> str:
-    lines = ["# What averages cost", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
+def markdown(
+    machine: dict[str, str], tables: Sequence[Table], picture: str | None, *, title: str = "What averages cost"
+) -> str:
+    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
     if picture:
         lines += [f"![one update's time by the number of parameters, and of tensors]({picture})", ""]
     return "\n".join((*lines, *(table.markdown() for table in tables)))
@@ -77,15 +79,21 @@ def markdown(machine: dict[str, str], tables: Sequence[Table], picture: str | No
 def write(results: Results, folder: Path = FOLDER) -> list[Path]:
     from benchmarks.plot import draw
 
+    picture = folder / f"{results.stem}.png" if results.curves else None
+    text = markdown(results.machine, results.tables, picture.name if picture else None)
+    paths = write_files(results.stem, results.record(), text, folder)
+    if picture is None:
+        return paths
+    machine = results.machine
+    about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
+    draw(results.curves, picture, about=f"{about}, torch {machine['torch']}")
+    return [*paths, picture]
+
+
+def write_files(stem: str, record: dict[str, Any], text: str, folder: Path = FOLDER) -> list[Path]:
+    """JSON and markdown of one run."""
     folder.mkdir(exist_ok=True)
-    paths = [folder / f"{results.stem}.{suffix}" for suffix in ("json", "md", "png")]
-    if results.curves:
-        machine = results.machine
-        about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-        draw(results.curves, paths[2], about=f"{about}, torch {machine['torch']}")
-    else:
-        del paths[2]
-    paths[0].write_text(json.dumps(results.record(), indent=2) + "\n")
-    picture = paths[2].name if results.curves else None
-    paths[1].write_text(markdown(results.machine, results.tables, picture))
+    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
+    paths[0].write_text(json.dumps(record, indent=2) + "\n")
+    paths[1].write_text(text)
     return paths

@@ -7,9 +7,9 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
-from benchmarks import account, inspect_large, ours, peers
+from benchmarks import account, inspect_large, ours, peers, sharded, shardings
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -310,6 +310,33 @@ def test_a_follower_that_does_nothing_is_seen():
 def asleep_follower(model, decays):
     follower = FOLLOWERS[2].build(model, decays)
     return type(follower)(lambda: None, follower.averages)
+
+
+# Several ranks.
+
+
+def test_sharded_ratios_are_of_the_share_that_a_rank_has():
+    ranks = [
+        {"own": [1.0, 2.0], "other": [4.0, 6.0], "own_bytes": 10, "other_bytes": 40},
+        {"own": [2.0, 3.0], "other": [4.0, 6.0], "own_bytes": 12, "other_bytes": 40},
+    ]
+    fsdp2, divided = (
+        sharded.measured(row, "it", ranks) for row in sorted(shardings.COMPARISONS, key=lambda row: row.divided)
+    )
+    assert (fsdp2.time_ratio, fsdp2.bytes_ratio) == (0.4, 0.3)
+    assert (divided.time_ratio, divided.bytes_ratio) == (0.8, 0.6)
+    assert (divided.ranks, divided.rounds) == (2, 2)
+    cells = [cell for line in sharded.table([fsdp2, divided]).rows for cell in line]
+    assert cells.count("pass, <= 1.2") == 2
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
+def test_updates_on_two_ranks_are_timed_and_end_as_the_same_numbers():
+    found = sharded.measure(2, ["small"], rounds=2)
+    assert {row.what for row in found} == {row.title for row in shardings.COMPARISONS if row.is_offered()}
+    assert all(row.time.median > 0 and row.ranks == 2 for row in found)
+    assert found[0].bytes_ratio == 1.0
+    assert found[0].num_bytes == 1000 * 32 * 32 * 4 // 2
 
 
 # Files.
