@@ -7,7 +7,7 @@ machine does besides hits both: that of a sharded model, and that of a plain mod
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,13 +18,13 @@ from rich.console import Console
 from torch import distributed, multiprocessing
 
 from benchmarks import machine, results
-from benchmarks.shapes import SHAPES
-from benchmarks.shardings import COMPARISONS, Comparison, Sides
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shardings import COMPARISONS, Comparison
 from benchmarks.table import Table, digits, mark
 from benchmarks.timing import Spread, end_to_end, in_turn, milliseconds, spread
 from benchmarks.update import settle_allocator
 
-TIMED = ("vit", "gpt2", "small")
+TIMED = ("vit", "gpt2", "resnet50", "small")
 WARM_UPS = 2
 MEGABYTE = 1e6
 
@@ -90,16 +90,16 @@ def run_rank(rank: int, ranks: int, jobs: Sequence[tuple[str, str]], rounds: int
     distributed.destroy_process_group()
 
 
-def named(comparison: str, shape: str) -> tuple[Comparison, Any]:
+def named(comparison: str, shape: str) -> tuple[Comparison, Shape]:
     """Rows by their names, which is what processes can be given."""
     return next(c for c in COMPARISONS if c.name == comparison), next(s for s in SHAPES if s.name == shape)
 
 
-def time_both(comparison: Comparison, shape: Any, device: torch.device, rounds: int | None) -> dict[str, Any]:
-    sides: Sides = comparison.build(shape, device)
+def time_both(comparison: Comparison, shape: Shape, device: torch.device, rounds: int | None) -> dict[str, Any]:
+    sides = comparison.build(shape, device)
     clock = milliseconds if device.type == "cpu" else end_to_end
 
-    def together(call: Any) -> float:
+    def together(call: Callable[[], object]) -> float:
         distributed.barrier()
         return clock(call)
 
@@ -158,17 +158,19 @@ def table(rows: Sequence[Measured]) -> Table:
 
 def main(
     ranks: Annotated[int, typer.Option(min=2, help="Processes; with several GPUs at most one each.")] = 4,
-    shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2.")] = ",".join(TIMED),
+    shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2.")] = "",
     rounds: Annotated[int | None, typer.Option(min=2, help="For every shape, instead of its own number.")] = None,
     write: Annotated[bool, typer.Option(help="Also write it to benchmarks/results/.")] = False,
 ) -> None:
     """Time updates of averages on several ranks."""
+    if write and shapes:
+        raise typer.BadParameter("--write is for whole runs; leave --shapes out")
     num_gpus = torch.cuda.device_count()
     device = "cuda" if num_gpus > 1 else "cpu"
     ranks = min(ranks, num_gpus) if device == "cuda" else ranks
     about = {**machine.describe(device), "ranks": str(ranks)}
     about["threads"] = f"{max(1, (os.cpu_count() or 1) // ranks)} a rank"
-    found = measure(ranks, shapes.split(","), rounds)
+    found = measure(ranks, shapes.split(",") if shapes else TIMED, rounds)
     shown = table(found)
     console = Console(width=150)
     console.print(shown.rich())

@@ -330,6 +330,29 @@ def test_sharded_ratios_are_of_the_share_that_a_rank_has():
     assert cells.count("pass, <= 1.2") == 2
 
 
+@pytest.fixture
+def one_rank():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.usefixtures("one_rank")
+def test_averages_on_ranks_are_compared_and_checked(monkeypatch):
+    average_of = shardings.average_of
+    monkeypatch.setattr(shardings, "average_of", lambda model, shard_over=None: average_of(model))
+    for comparison in shardings.COMPARISONS:
+        found = sharded.time_both(comparison, TINY, torch.device("cpu"), rounds=2)
+        assert len(found["own"]) == len(found["other"]) == 2
+        assert found["own_bytes"] == found["other_bytes"] == 3 * 32 * 32 * 4
+        sides = comparison.build(TINY, torch.device("cpu"))
+        sides.move()
+        sides.own.update()
+        with pytest.raises(RuntimeError, match="not the same, beginning with '0'"):
+            sides.check()
+
+
 @pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
 def test_updates_on_two_ranks_are_timed_and_end_as_the_same_numbers():
     found = sharded.measure(2, ["small"], rounds=2)
