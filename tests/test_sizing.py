@@ -114,6 +114,13 @@ def test_rates_are_found_by_name_and_those_of_a_machine_together(tmp_path):
     assert other.rates == {}
 
 
+def test_the_rate_of_copies_is_the_one_beside_a_training():
+    seen = {"idle_rate": 3.0, "training_rate": 2.0, "reference_rate": 4.0}
+    assert rates.rates_of(record({}, host=seen)) == {rates.PCIE: 2 * 2**30}
+    assert rates.rates_of(record({}, host={**seen, "training_rate": None})) == {rates.PCIE: 3 * 2**30}
+    assert rates.rates_of(record({}, host=dict.fromkeys(seen))) == {}
+
+
 def test_a_rate_that_was_not_measured_leaves_its_cell_empty():
     layout = sizing.Layout("", "", here=1000.0, replicas=1, suite=MIXED)
     on_gpu, on_host = sizing.places(layout)
