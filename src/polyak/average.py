@@ -62,7 +62,8 @@ class WeightAverage:
         compensated: keep what float32 averages are short of in a second term, 2 bytes a number, so that they get 65,536
             times nearer to their sources: for decays above 0.9999 and runs of many updates.
         seed: of stochastic rounding. The same seed, updates and names give the same bits.
-        device: where the averages are. Default: where the source is.
+        device: where the averages are. Default: where the source is. On the "cpu" they follow a model on an accelerator
+            beside its training (docs/host.md): no step waits, reading waits, and `wait()` does.
         shard_over: divide the averages among these data-parallel ranks, so that each keeps and updates its share of
             every large tensor: torch's process group, or a dimension of a mesh over which the model is replicated, as
             in `mesh["replicate"]`. Swaps, exports, and all that gives whole tensors then need every rank.
@@ -138,8 +139,7 @@ class WeightAverage:
     @property
     def num_updates(self) -> int:
         """How many updates were made."""
-        self._core.catch_up()
-        return self._core.clock.num_updates
+        return self._core.num_updates
 
     @property
     def time(self) -> float:
@@ -187,6 +187,14 @@ class WeightAverage:
                 "update() where an optimizer is attached would count twice; detach it, or leave update() out"
             )
         core.update(at)
+
+    def wait(self) -> None:
+        """Waits until every update is in the averages: those on the host follow `update()` beside the training.
+
+        Raises:
+            StateError: an update failed there, or the model held what `nonfinite="raise"` raises for.
+        """
+        self._core.wait()
 
     def advance(self, *, at: float | None = None) -> None:
         """Ticks the clock for an update that is captured in a CUDA graph: call it before the capture and each replay.
@@ -257,12 +265,8 @@ class WeightAverage:
 
     def reset(self) -> None:
         """Begins again, at time 0, with the source's weights as they are."""
-        core = self._core
-        check_not_standing(core.source.bare, "reset()")
-        core.verify()
-        core.store.begin()
-        core.clock = Clock(every=core.clock.every, start=core.clock.start)
-        core.begin()
+        check_not_standing(self._core.source.bare, "reset()")
+        self._core.reset()
 
     def adapt(self) -> None:
         """Follows a model whose tensors were added, removed or reshaped on purpose.

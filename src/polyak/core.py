@@ -107,18 +107,18 @@ class Core:
             growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
             self.follow_source()
             # One device does not know what others have found.
-            on_device = look and not self.store.meshes
-            if on_device and self.store.decide_on_device(self.clock.num_updates) is not None:
+            late = look and not self.store.meshes and self.store.decides_late(self.clock.num_updates)
+            if late:
                 self._raise_late()
-            elif look and not self._check_finite():
+            fit = late or not look or self._check_finite()
+            if not (fit and self.store.submit(Step(growth, clock.num_updates, late))):
                 # As if no update had been due: the next one reaches back to the last that was made.
-                self.clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
-                return
-            self.store.submit(Step(growth, clock.num_updates, look))
+                clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
         self.clock = clock
 
     def _capture(self, at: float | None, *, look: bool) -> None:
         """Puts an update into the CUDA graph that is being captured; `advance` says what each replay applies."""
+        self._check_can_be_captured()
         if self.store.guard is None:
             raise StateError(
                 "update() inside of a CUDA graph's capture: call advance() before the capture and before each replay. "
@@ -131,6 +131,7 @@ class Core:
 
     def advance(self, at: float | None) -> None:
         """One call of the clock, whose growth stays pending on the device until an update there applies it."""
+        self._check_can_be_captured()
         if self.nonfinite != "propagate" and self.store.meshes:
             raise StateError(
                 f"advance() with nonfinite={self.nonfinite!r} of a model that is sharded over ranks: they agree on "
@@ -149,15 +150,34 @@ class Core:
             guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
         self.clock = clock
 
+    def _check_can_be_captured(self) -> None:
+        if self.store.num_staging_bytes:
+            raise StateError(
+                "averages on the host cannot be updated in a CUDA graph, which cannot start a worker: call update() "
+                "after each replay(), and wait() before the next; or leave device= out, for averages on the GPU"
+            )
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates were made; waits where that is not known."""
+        if self.nonfinite != "propagate" or not self.store.num_staging_bytes:
+            self.catch_up()
+        return self.clock.num_updates
+
+    def wait(self) -> None:
+        """Waits until every update is in the averages, and raises what there is to raise."""
+        self.catch_up()
+        self._raise_late()
+
     def catch_up(self) -> None:
-        """Learns how many updates the device has made, where it decides about them; waits for it."""
+        """Learns how many updates were made, from the device or worker that decides about them; waits for it."""
         number = self.store.catch_up()
         if number is not None:
             self.clock = replace(self.clock, num_updates=number)
 
     def _raise_late(self) -> None:
-        """Raises for an earlier update that the device left out, as soon as that is known without waiting for it."""
-        names = self.store.guard.new_bad_names() if self.store.guard is not None and self.nonfinite == "raise" else []
+        """Raises for an earlier update that was left out, as soon as that is known without waiting for it."""
+        names = self.store.late_bad_names() if self.nonfinite == "raise" else []
         if names:
             raise StateError(_non_finite(names, when="held at an earlier update"))
 
@@ -181,8 +201,18 @@ class Core:
         """The thorough check, for what may take its time; while an average stands in the source it waits."""
         self.catch_up()
         if self.swapped is None:
-            self.source.refresh()
-            self.store.bind(self.source.entries)
+            self._refresh()
+
+    def _refresh(self) -> None:
+        self.source.refresh()
+        self.store.bind(self.source.entries)
+
+    def reset(self) -> None:
+        """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
+        self._refresh()
+        self.store.begin()
+        self.clock = Clock(every=self.clock.every, start=self.clock.start)
+        self.begin()
 
     def verify_values(self) -> None:
         """The check of what is not averaged, too, for what is to be kept: states and files."""

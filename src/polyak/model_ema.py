@@ -89,8 +89,7 @@ class ModelEma:
                 f"ModelEma keeps a whole module, and this {type(unwrap(model)).__name__} is sharded over ranks; "
                 "polyak.WeightAverage averages shards where they are"
             )
-        self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen)
-        self._store.lent = True
+        self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen, lent=True)
         bare = unwrap(model)
         average = build_module(bare, self._source.entries, self._store.tensors(_PROFILE), owners=[self])
         self._average = Source(average, {}, include_frozen=True, any_device=True, any_dtype=True)

@@ -76,11 +76,13 @@ class Report:
     Attributes:
         num_calls: how often it was called.
         num_updates: how many of the calls were updates.
-        num_skipped: how many updates were left out, because the model was not finite.
+        num_skipped: how many updates were left out, because the model was not finite, or the host busy with earlier
+            ones; the next took over what they were to add.
         time: of the last call, in units of the time axis.
         source_moved: whether the model has changed since the average was made, loaded or reset.
         averages: what is to be said of each average.
         entries: what is done to each tensor.
+        num_staging_bytes: the host memory beside the averages through which a worker updates them there.
     """
 
     num_calls: int
@@ -90,10 +92,11 @@ class Report:
     source_moved: bool
     averages: tuple[AverageReport, ...]
     entries: tuple[EntryReport, ...]
+    num_staging_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        """What the store takes."""
+        """What the averages and copies take."""
         return sum(entry.num_bytes for entry in self.entries)
 
     @property
@@ -102,9 +105,11 @@ class Report:
         return tuple(entry.name for entry in self.entries if entry.stuck)
 
     def __str__(self) -> str:
-        skipped = f" ({self.num_skipped} skipped: not finite)" if self.num_skipped else ""
+        why = "not finite, or the host was busy" if self.num_staging_bytes else "not finite"
+        skipped = f" ({self.num_skipped} skipped: {why})" if self.num_skipped else ""
         head = f"{self.num_updates} updates{skipped} in {self.num_calls} calls, time {self.time:g}, "
         head += f"{self.num_bytes:,} bytes"
+        head += f" and {self.num_staging_bytes:,} of staging memory on the host" if self.num_staging_bytes else ""
         if not self.source_moved and self.num_updates:
             head += "\nthe model has not changed since the average was made: is it trained?"
         if self.stuck:
@@ -186,6 +191,7 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
         source_moved=bool(moved),
         averages=tuple(averages),
         entries=tuple(entries),
+        num_staging_bytes=core.store.num_staging_bytes,
     )
 
 

@@ -107,6 +107,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         apart = [name for name in kept if not _is_same(kept[name], matched[name])]
         targets += [kept[name] for name in apart]
         sources += [matched[name] for name in apart]
+    core.store.settle()
     with torch.no_grad():
         copy_(targets, sources)
     core.store.resume(pending)

@@ -92,7 +92,7 @@ def _take_back_replaced(core: Core, name: str) -> list[str]:
         found = local(site.tensor)
         fits = entry.name in raw and found.shape == raw[entry.name].shape
         # What is equal already was taken back before this was interrupted.
-        if fits and not torch.equal(found, raw[entry.name]):
+        if fits and not torch.equal(found, raw[entry.name].to(found.device)):
             if not entry.is_parameter:
                 averages[entry.name].copy_(found)
             found.copy_(raw[entry.name])

@@ -57,14 +57,18 @@ class Plan:
         kernels: those that may be used, the first that fits is taken. Default: all; or those that the environment
             variable POLYAK_KERNELS names, separated by commas.
         seed: of the random bits, where averages are rounded stochastically.
+        note: the first line, where it is printed.
 
     Raises:
         ValueError: a kernel is unknown, or none of them fits a tensor.
     """
 
-    def __init__(self, rows: Sequence[Row], *, kernels: Sequence[str] | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, rows: Sequence[Row], *, kernels: Sequence[str] | None = None, seed: int = 0, note: str = ""
+    ) -> None:
         self.rows = tuple(rows)
         self._seed = seed
+        self._note = note
         self._is_stochastic = any(row.mode == "stochastic" for row in self.rows)
         allowed = allowed_kernels(kernels)
         grouped: dict[tuple[str, str, torch.device, tuple[Mode, torch.dtype, torch.dtype] | None], list[Row]] = {}
@@ -96,7 +100,7 @@ class Plan:
         return only if isinstance(only, Triton) else None
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.groups))
+        return "\n".join([*filter(None, [self._note]), *map(str, self.groups)])
 
 
 def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:

@@ -17,9 +17,12 @@ from polyak.gathering import gathering
 from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, is_dense
 from polyak.replicas import Replicas
 from polyak.store.guard import Guard
+from polyak.store.host import Host
 from polyak.store.modes import Modes
 from polyak.store.step import Step
 from polyak.store.swap import Swap, Whole
+from polyak.store.transfer import transfer_for
+from polyak.store.worker import Ledger
 
 
 class LocalStore:
@@ -29,15 +32,16 @@ class LocalStore:
         averages: for each profile, the averaged tensors by name. Every profile has the same names.
         copies: the tensors that are copied, by name; they are the same for all profiles.
         seconds: for each profile, what compensated averages are short of, by name: fractions of their last bits.
-        pending: for each profile, growth that no update has applied yet. Here an update applies all of it; a store that
-            works beside the training may fall behind.
+        pending: for each profile, growth that no update has applied yet; where something else than this object decides
+            about updates, as of the last `catch_up`.
         modes: how the averages are kept.
         replicas: the ranks among which the averages are divided.
         shardings: how the averages lie over the ranks, by name; plain ones are not among them.
         meshes: the ranks over which they lie.
         shared: by name, all of each source of whose average only this rank's share is here.
         guard: what decides about updates on the device, once `decide_on_device` was called.
-        lent: whether modules hold the averages themselves, so that torch must see that they change.
+        lent: whether modules hold the averages themselves, so that torch must see that they change, and nothing changes
+            them between two calls. Where it is so from the beginning, no worker is made.
     """
 
     def __init__(
@@ -48,11 +52,13 @@ class LocalStore:
         modes: Modes | None = None,
         device: torch.device | None = None,
         replicas: Replicas | None = None,
+        lent: bool = False,
     ) -> None:
         self.modes = modes or Modes()
         self.replicas = replicas
-        self.lent = False
+        self.lent = lent
         self.guard: Guard | None = None
+        self._host: Host | None = None
         self._device = device
         self._entries: Sequence[Entry] | None = None
         if device is not None and device.type == "meta":
@@ -73,17 +79,18 @@ class LocalStore:
             }
         self.copies: dict[str, Tensor] = {}
         self.swap: Swap | None = None
+        self.pending = dict.fromkeys(self.averages, 0.0)
         self.bind(entries)
         self.begin()
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "guard", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
+        derived = {"plan", "guard", "_host", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _entries=None, guard=None)
+        vars(self).update(state, _entries=None, guard=None, _host=None)
         self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
@@ -102,6 +109,7 @@ class LocalStore:
                 f"{listed(moved)} lie otherwise over the ranks than their averages: make the average after the model "
                 "is sharded, or save its state by torch.distributed.checkpoint and load it into a new one"
             )
+        self.catch_up()
         replicas = None if self.replicas is None else Replicas(self.replicas.over, entries)
         store = LocalStore(entries, self.averages, modes=self.modes, device=self._device, replicas=replicas)
         for profile, averages in store.averages.items():
@@ -111,8 +119,13 @@ class LocalStore:
                     tensor.copy_(kept)
                     if name in store.seconds[profile]:
                         store.seconds[profile][name].copy_(self.seconds[profile][name])
-        store.pending = dict(self.pending)
+        store.resume(self.pending)
         return store
+
+    @property
+    def num_staging_bytes(self) -> int:
+        """The host memory through which a worker updates averages there; 0 where none does."""
+        return 0 if self._host is None else self._host.num_bytes
 
     @property
     def names(self) -> Iterable[str]:
@@ -124,6 +137,7 @@ class LocalStore:
         assert self.swap is None
         if entries is self._entries:
             return
+        self.settle()
         # Scratch memory and views that are made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._sources = {entry.name: self._part(entry) for entry in entries if entry.action != "skip"}
@@ -134,6 +148,7 @@ class LocalStore:
                 self.shared = {e.name: e.local.detach() for e in entries if e.name in self.replicas.shares}
                 self.shardings |= {name: share.sharding for name, share in self.replicas.shares.items()}
             self.meshes = meshes_of(self.shardings.values())
+            self._parameters = {entry.name for entry in entries if entry.is_parameter}
             self._follow_copies([entry for entry in entries if entry.action == "copy"])
             self._plan_updates()
         self._entries = entries
@@ -154,14 +169,28 @@ class LocalStore:
             self.copies[entry.name] = copy
 
     def _plan_updates(self) -> None:
-        self.plan = Plan([self._row(name) for name in self.names], seed=self.modes.seed)
+        rows = [self._row(name) for name in self.names]
+        self._host = self._make_host(rows)
+        self.plan = Plan(rows, seed=self.modes.seed) if self._host is None else self._host.plan
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
         self._copying = Copies(*self._copy_pairs)
         self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
         self._written += self.copies.values()
         self._finite_test: FiniteTest | None = None
-        self.catch_up()
-        self.guard = None
+        if self.guard is not None:
+            self.catch_up()
+            self.guard = None
+
+    def _make_host(self, rows: Sequence[Row]) -> Host | None:
+        averages = next(iter(self.averages.values()))
+        transfer = None if self.lent else transfer_for(self._sources, averages, self._parameters)
+        if transfer is None:
+            return None
+        ledger = Ledger(list(self.pending.values())) if self._host is None else self._host.ledger
+        # Or there would be staging memory for both.
+        vars(self).pop("plan", None)
+        self._host = None
+        return Host(transfer, rows, self.copies, seed=self.modes.seed, ledger=ledger)
 
     def _row(self, name: str) -> Row:
         averages = tuple(averages[name] for averages in self.averages.values())
@@ -177,16 +206,29 @@ class LocalStore:
         """Takes the sources as the averages, with nothing pending."""
         self.resume(dict.fromkeys(self.averages, 0.0))
         self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+        self.catch_up()
 
     def resume(self, pending: Mapping[str, float]) -> None:
         """Takes up other growth that is pending; the host decides until `decide_on_device` is called again."""
         self.pending = dict(pending)
         self.guard = None
+        if self._host is not None:
+            self._host.settle()
+            self._host.ledger = Ledger(list(pending.values()))
 
-    def submit(self, step: Step) -> None:
-        """Applies the growth of a step, and what was pending, to every average."""
+    def submit(self, step: Step) -> bool:
+        """Applies the growth of a step, and what was pending, to every average.
+
+        Returns:
+            False where nothing was done, because the host is busy with earlier updates.
+        """
         assert self.swap is None
-        if self.guard is not None:
+        if self._host is not None:
+            if not self._host.submit(step):
+                return False
+            if self.lent:
+                self.catch_up()
+        elif self.guard is not None:
             self.guard.add(list(step.growth.values()))
             self.guard.run(look=step.look)
         else:
@@ -197,6 +239,21 @@ class LocalStore:
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
             torch.autograd.graph.increment_version(self._written)
+        return True
+
+    def decides_late(self, number: int) -> bool:
+        """Whether it turns out after `submit` only if an update is made, for which nothing waits.
+
+        Args:
+            number: of updates made so far.
+        """
+        return self._host is not None or self.decide_on_device(number) is not None
+
+    def late_bad_names(self) -> list[str]:
+        """The names of sources that were bad in steps that became known, without waiting, since this was asked last."""
+        if self._host is not None:
+            return self._host.new_bad_names()
+        return [] if self.guard is None else self.guard.new_bad_names()
 
     def decide_on_device(self, number: int) -> Guard | None:
         """Leaves it to the device, from now on, whether an update is made; None where it cannot be left to it.
@@ -211,18 +268,33 @@ class LocalStore:
         return self.guard
 
     def catch_up(self) -> int | None:
-        """Learns from the device what is pending, and returns how many updates it made; waits for it."""
+        """Learns what is pending, and how many updates were made, from the device or worker that decides; waits for it.
+
+        Raises:
+            StateError: an update failed in the worker.
+        """
+        if self._host is not None:
+            self._host.settle()
+            self._host.check()
+            self.pending = dict(zip(self.averages, self._host.ledger.pending, strict=True))
+            return self._host.ledger.made
         if self.guard is None:
             return None
         pending, number = self.guard.read()
         self.pending = dict(zip(self.averages, pending, strict=True))
         return number
 
+    def settle(self) -> None:
+        """Waits until no worker writes to the averages, whatever became of its updates."""
+        if self._host is not None:
+            self._host.settle()
+
     def non_finite(self) -> list[str]:
         """The names of averaged entries whose source holds a NaN or an infinity."""
         if self._finite_test is None:
-            self._finite_test = FiniteTest([row.source for row in self.plan.rows])
-        return [self.plan.rows[i].name for i in self._finite_test.find()]
+            self._finite_test = FiniteTest([self._sources[name] for name in self.names])
+        names = list(self.names)
+        return [names[i] for i in self._finite_test.find()]
 
     def swap_in(self, profile: str, *, buffers: Iterable[str], aside: bool) -> None:
         """Puts the average of a profile into the source, in place.
@@ -234,11 +306,14 @@ class LocalStore:
                 in new memory; otherwise the two exchange their values.
         """
         assert self.swap is None
+        self.settle()
         averages = {**self.averages[profile], **self.copies}
         pairs = {name: (self._sources[name], averages[name]) for name in averages}
         with torch.inference_mode(False):
             whole = Whole(self.shared, partial(gathering, self.replicas)) if self.replicas is not None else None
-            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, whole=whole)
+            # A swap on the host takes no memory of the accelerator: a staging set is free as long as it lasts.
+            room = {} if self._host is None else self._host.room
+            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
         self.swap.enter()
 
     def swap_out(self) -> list[str]:
@@ -254,6 +329,7 @@ class LocalStore:
 
     def tensors(self, profile: str) -> dict[str, Tensor]:
         """The average of a profile and the copies by name, live, wherever they are at the moment."""
+        self.settle()
         stored = {**self.averages[profile], **self.copies}
         return stored if self.swap is None else self.swap.averages(stored)
 
@@ -278,6 +354,7 @@ class LocalStore:
         """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""
         (profile,) = self.averages
         self._entries = None
+        self.settle()
         for name in self.averages[profile]:
             self.averages[profile][name] = tensors[name]
         for name in self.copies.keys() & tensors.keys():

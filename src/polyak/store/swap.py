@@ -41,12 +41,13 @@ class Swap:
 
     Pairs of one dtype exchange their values, and a bfloat16 source shares the 32 bits of its average: both need a
     small scratch buffer only. For the others (another device, float16, buffers of another dtype) and for all of them
-    with `aside`, the source's values are kept in new memory, and the average stays in the store as it is.
+    with `aside`, the source's values are kept in `room` or new memory, and the average stays in the store as it is.
 
     Args:
         pairs: source and average by name.
         buffers: the names of those that are no parameters: what is written to them inside belongs to the average.
         aside: leave the averages where they are.
+        room: memory, in the sources' shapes and dtypes, that may be written as long as the swap lasts, by name.
         whole: where ranks share the averages of one model. Each exchanges its share, so that the raw weights are kept
             among them as well, and takes the rest from the others.
     """
@@ -57,6 +58,7 @@ class Swap:
         *,
         buffers: frozenset[str],
         aside: bool,
+        room: Mapping[str, Tensor],
         whole: Whole | None = None,
     ) -> None:
         self._pairs = dict(pairs)
@@ -65,7 +67,9 @@ class Swap:
             name: _way(*pair, is_buffer=name in buffers, aside=aside) for name, pair in pairs.items()
         }
         self._buffers = buffers
-        self._kept = {name: torch.empty_like(pairs[name][0]) for name in self._names("keep")}
+        self._kept = {
+            name: room[name] if name in room else torch.empty_like(pairs[name][0]) for name in self._names("keep")
+        }
         exchanging = self._columns(self._names("exchange"))
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))

@@ -1,0 +1,101 @@
+"""Averages that a worker updates, on machines without an accelerator: the same engine, with plain copies."""
+
+import contextlib
+import threading
+
+from polyak.store.transfer import PlainCopies, Staging
+
+SECONDS = 20  # until a test that hangs fails
+
+
+class Held:
+    """A copy that is made by a thread, after the gate was opened."""
+
+    def __init__(self, make, gate, holds):
+        self._done = threading.Event()
+        self._holds = holds
+
+        def run():
+            assert gate.wait(SECONDS)
+            make()
+            self._done.set()
+
+        threading.Thread(target=run).start()
+
+    def wait(self):
+        assert self._done.wait(SECONDS)
+
+    def hold(self):
+        self._holds.append(self)
+        self.wait()
+
+
+class Slow:
+    """A copy that was made at once, whose worker waits for the gate."""
+
+    def __init__(self, make, gate, holds):
+        make()
+        self._gate = gate
+
+    def wait(self):
+        assert self._gate.wait(SECONDS)
+
+    def hold(self):
+        pass
+
+
+class Machine:
+    """What stands for an accelerator.
+
+    Attributes:
+        copied: Slow or Held; None for copies without delay.
+        gate: what they wait for.
+        holds: the copies that an optimizer has waited for.
+        sets: the staging sets that were made.
+    """
+
+    def __init__(self):
+        self.copied = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.holds = []
+        self.sets = []
+
+    def transfer_for(self, sources, averages, parameters):
+        return Transfer(self, sources)
+
+    @contextlib.contextmanager
+    def busy(self, copied=Slow):
+        """Copies, or the worker, stand still inside."""
+        self.gate.clear()
+        before, self.copied = self.copied, copied
+        try:
+            yield
+        finally:
+            self.gate.set()
+            self.copied = before
+
+    def open_soon(self):
+        """The gate is shut, and opens by itself while somebody waits."""
+        self.gate.clear()
+        self.copied = Slow
+        timer = threading.Timer(0.1, self.gate.set)
+        timer.start()
+
+
+class Transfer:
+    def __init__(self, machine, sources):
+        self._machine = machine
+        self._copies = PlainCopies(sources)
+
+    def make_set(self):
+        staging = self._copies.make_set()
+        machine = self._machine
+
+        def start():
+            if machine.copied is None:
+                return staging.start()
+            return machine.copied(staging.start, machine.gate, machine.holds)
+
+        machine.sets.append(staging)
+        return Staging(staging.tensors, staging.num_bytes, start)
