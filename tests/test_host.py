@@ -305,6 +305,28 @@ def test_tensors_that_are_replaced_are_staged_anew(machine, here):
     assert average.plan is average._core.store._host.plan
 
 
+@pytest.mark.protects
+@pytest.mark.parametrize("read", ["tensors", "swap_in", "again", "pickle"])
+def test_a_store_by_itself_is_not_read_while_it_is_written(machine, here, read):
+    model, average, twin, right = pair(here, profile=polyak.Exponential(0.9))
+    drift(model, twin, seed=0)
+    machine.open_soon()
+    average.update(), right.update()
+    store, entries = average._core.store, average._core.source.entries
+    if read == "tensors":
+        found = store.tensors("average")
+    elif read == "swap_in":
+        store.swap_in("average", buffers=[], aside=False)
+        found = store.tensors("average")
+    elif read == "again":
+        found = store.again(entries).averages["average"]
+    else:
+        found = pickle.loads(pickle.dumps(store)).averages["average"]
+    expected = right._core.store.averages["average"]
+    assert zoo.bit_equal({name: found[name].clone() for name in expected}, expected)
+    store.swap_out()
+
+
 # The training waits for a copy where it would write into it, and nowhere else.
 
 
@@ -462,6 +484,21 @@ def test_after_an_error_it_goes_on_from_a_state_or_the_beginning(machine, here, 
     drift(model, twin, seed=1)
     average.update(), right.update()
     assert zoo.bit_equal(average.weights(), right.weights())
+
+
+def test_nothing_is_done_after_an_error(machine, here, monkeypatch):
+    _, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    runs = []
+
+    def run(self, weights, number):
+        runs.append(number)
+        raise BrokenError
+
+    monkeypatch.setattr(host._Set, "run", run)
+    with machine.busy():
+        average.update(), average.update()
+    average._core.store.settle()
+    assert runs == [1]
 
 
 def test_a_copy_that_fails_leaves_the_average_as_it_is(machine, here):

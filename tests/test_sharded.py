@@ -17,6 +17,7 @@ MODULES = [
     "sharded_state_checks",
     "sharded_layout_checks",
     "sharded_export_checks",
+    "sharded_host_checks",
     "sharded_flat_checks",
     "sharded_sync_checks",
     "sharded_share_checks",

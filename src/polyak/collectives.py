@@ -139,6 +139,11 @@ def meshes_of(shardings: Iterable[Sharding]) -> list[Any]:
     return sorted((mesh for mesh in found if mesh.get_coordinate() is not None), key=lambda mesh: mesh.size())
 
 
+def is_alone() -> bool:
+    """Whether no other process trains together with this one, as far as torch.distributed knows; sends nothing."""
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+
+
 def is_first(meshes: Sequence[Any]) -> bool:
     """Whether this rank is the one that acts for all of these meshes; alone it does."""
     return not meshes or not any(meshes[-1].get_coordinate())

@@ -2,7 +2,8 @@
 
 The sources are copied into one of two sets of host memory, and a worker updates the averages from it. Where both sets
 are still in use the host is too slow for an update at each step: then the update is left to a later one, which applies
-the growth of both. So there is no queue that grows, and no step waits for the host.
+the growth of both. So there is no queue that grows, and no step waits for the host; but where several processes train
+together, it waits for a set, because ranks of which each leaves out what it cannot do would have different averages.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import record_function
 
+from polyak.collectives import is_alone
 from polyak.errors import StateError
 from polyak.kernels import Copies, FiniteTest, Plan, Row
 from polyak.store.step import Step
@@ -71,19 +73,25 @@ class Host:
         weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove).atexit = False
 
     def submit(self, step: Step) -> bool:
-        """Begins an update; False where both sets are in use, and then nothing has happened.
+        """Begins an update; False where both sets are in use, and this process is alone: then nothing has happened.
 
         Raises:
             StateError: an earlier update failed.
         """
         self.check()
-        free = next((each for each in self._sets if each.is_free), None)
+        free = self._find_free()
+        if free is None and not is_alone():
+            wait(list(self._under_way()), return_when=FIRST_COMPLETED)
+            free = self._find_free()
         if free is None:
             return False
         with record_function("polyak: stage"):
             self._copied = free.staging.start()
         free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
         return True
+
+    def _find_free(self) -> _Set | None:
+        return next((each for each in self._sets if each.is_free), None)
 
     def settle(self) -> None:
         """Waits until nothing is under way, whatever became of it."""
