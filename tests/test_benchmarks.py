@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from benchmarks import account, inspect_large, ours, peers, sharded, shardings
+from benchmarks import account, host, inspect_large, ours, peers, sharded, shardings
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -389,3 +389,33 @@ def test_inspection_of_a_large_file_is_measured(write_file, tmp_path, monkeypatc
     assert (name, arguments, cache, read) == ("x", "--verify", "warm", "100.00%")
     assert float(seconds) > 0
     assert 10 < float(megabytes) < 200
+
+
+# Averages on the host.
+
+
+def test_what_two_lists_of_intervals_share():
+    assert host.shared([(0, 10), (20, 30)], [(5, 22), (29, 40)]) == 5 + 2 + 1
+    assert host.shared([(0, 1)], []) == 0
+    assert host.length([(0, 10), (20, 35)]) == 25
+
+
+def test_an_average_beside_a_training_is_measured(tmp_path):
+    size = host.Size(32, 1, 2, 50, 2, 8, torch.float32, turns=2, steps=2)
+    found = host.measure(size, torch.device("cpu"))
+    assert (found.steps, found.parameters) == (4, 50 * 32 + 2 * 32 + 12 * 32**2 + 13 * 32)
+    assert 0 < found.updates <= 4
+    assert 0 <= found.overlap <= 1
+    assert found.staging_bytes >= 2 * 4 * found.parameters
+    paths = host.write(found, "cpu", tmp_path)
+    assert json.loads(paths[0].read_text())["host"]["overlap"] == found.overlap
+    assert "| times as long | " in paths[1].read_text()
+
+
+def test_the_bounds_of_averages_on_the_host():
+    alone, beside, in_place = (Spread(time, time - 1, time + 1) for time in (100.0, 101.0, 103.0))
+    found = host.HostResult(1, alone, beside, in_place, 10, 10, 5.0, 0.9, 2, 1, 50.0, 45.0, 44.0)
+    assert (found.times_as_long, found.of_rate) == (1.01, 0.9)
+    assert host.with_quartiles(beside) == "101 (100 to 102)"
+    marks = [row[2] for row in host.table(found, "cuda").rows if row[2]]
+    assert marks == ["<= 1.02: pass", ">= 0.85: pass"]
