@@ -48,8 +48,9 @@ class AverageView:
 
         Values are exchanged in place: no tensor is replaced or moved, so compiled models see the average. It takes no
         memory where the average has the source's dtype, or the source is bfloat16 and its average float32; float16
-        sources, and averages on another device, take a copy of the source. Buffers that are written inside (BatchNorm
-        statistics, say) stay with the average. The train or eval mode is left alone.
+        sources, and averages on another device, take a copy of the source, but those on the host of a model on an
+        accelerator have room for it there. Buffers that are written inside (BatchNorm statistics, say) stay with the
+        average. The train or eval mode is left alone.
 
         Raises:
             StateError: an average stands in the source already; or, at the end, a parameter was changed inside. The
