@@ -608,16 +608,36 @@ def test_a_forked_process_has_a_whole_average_and_goes_on(machine, here):
             os._exit(0 if same else 1)
         except BaseException:
             os._exit(2)
-    deadline = time.monotonic() + SECONDS
-    status = None
-    while time.monotonic() < deadline and status is None:
-        done, found = os.waitpid(child, os.WNOHANG)
-        status = found if done else None
-        time.sleep(0.01)
-    if status is None:
-        os.kill(child, 9)
-    assert status == 0
+    assert status_of(child) == 0
     assert zoo.bit_equal(average.weights(), right.weights())
+
+
+def status_of(child):
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.01)
+    os.kill(child, 9)
+    return "it hangs"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_optimizers_of_a_forked_process_do_not_ask_for_the_accelerator(machine, here):
+    model, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    machine.copied = Held
+    average.update()
+    average.wait()
+    child = os.fork()
+    if child == 0:
+        optimizer.step()
+        os._exit(len(machine.holds))
+    assert status_of(child) == 0
+    optimizer.step()
+    assert len(machine.holds) == 1
 
 
 # What it says of itself.

@@ -67,8 +67,8 @@ class Host:
 
         def before_step(*_: object) -> None:
             host = this()
-            if host is not None and host._copied is not None:
-                host._copied.hold()
+            if host is not None:
+                host.hold()
 
         weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove).atexit = False
 
@@ -92,6 +92,15 @@ class Host:
 
     def _find_free(self) -> _Set | None:
         return next((each for each in self._sets if each.is_free), None)
+
+    def hold(self) -> None:
+        """Lets what the calling thread does to the sources from now on happen after the last copy of them."""
+        if self._copied is not None:
+            self._copied.hold()
+
+    def forget_copy(self) -> None:
+        """Nothing waits for the copies that were made so far."""
+        self._copied = None
 
     def settle(self) -> None:
         """Waits until nothing is under way, whatever became of it."""
@@ -149,6 +158,12 @@ def _settle_all() -> None:
         host.settle()
 
 
-# A forked process has the averages as they are at that moment, and not the thread that was about to change them.
+def _forget_copies() -> None:
+    for host in list(_HOSTS):
+        host.forget_copy()
+
+
+# A forked process has the averages as they are at that moment, and not the thread that was about to change them. Its
+# optimizers must not ask for an accelerator, which it cannot use.
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_settle_all)
+    os.register_at_fork(before=_settle_all, after_in_child=_forget_copies)
