@@ -81,3 +81,28 @@ def a_checkpoint_of_averages_on_the_host_goes_on_bit_for_bit(folder):
     average.update()
     mirror.update(model)
     mirror.check(average)
+
+
+@on(2)
+def shares_are_updated_on_the_host(folder):
+    for options in ({}, {"compensated": True}, {"nonfinite": "skip"}):
+        torch.manual_seed(0)
+        model, twin = zoo.batchnorm(), zoo.batchnorm()
+        twin.load_state_dict(model.state_dict())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(local, "transfer_for", Machine().transfer_for)
+            world = distributed.group.WORLD
+            average = polyak.WeightAverage(model, PROFILES, device="cpu", shard_over=world, **options)
+        reference = polyak.WeightAverage(twin, PROFILES, **options)
+        staging = average.report().num_staging_bytes
+        assert 0 < staging < 2 * 0.7 * sum(t.numel() * t.element_size() for t in model.state_dict().values()) + 1024
+        for step in range(3):
+            sharded_zoo.drift(model, torch.Generator().manual_seed(step))
+            sharded_zoo.drift(twin, torch.Generator().manual_seed(step))
+            average.update(), reference.update()
+        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        assert zoo.bit_equal(average["power"].weights(), reference["power"].weights())
+        with average["ema"].swapped(), reference["ema"].swapped():
+            assert zoo.bit_equal(model.state_dict(), twin.state_dict())
+            assert zoo.bit_equal(average.raw_weights(), raw)
+        assert zoo.bit_equal(model.state_dict(), raw)
