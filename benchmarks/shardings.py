@@ -3,7 +3,6 @@
 Both are on the same rank, and move as many bytes there, or N times as many where the other is not divided.
 """
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +59,6 @@ class Comparison:
         most_time: what is allowed of the other's time.
         most_bytes: what is allowed of the other's memory.
         divided: whether the other has N times as much to do, and its share is what counts.
-        argument: of `WeightAverage`, without which there is nothing to compare.
     """
 
     name: str
@@ -69,10 +67,6 @@ class Comparison:
     most_time: float
     most_bytes: float
     divided: bool = False
-    argument: str = "model"
-
-    def is_offered(self) -> bool:
-        return self.argument in inspect.signature(polyak.WeightAverage).parameters
 
 
 def average_of(model: nn.Module, **options: Any) -> polyak.WeightAverage:
@@ -131,6 +125,5 @@ COMPARISONS = (
         most_time=1.2,
         most_bytes=1.2,
         divided=True,
-        argument="shard_over",
     ),
 )
