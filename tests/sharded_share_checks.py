@@ -28,7 +28,7 @@ class Odd(nn.Module):
         self.few_rows = nn.Parameter(torch.randn(3, 50))
         self.few_of_all = nn.Parameter(torch.randn(2, 3, 2))
         self.scalar = nn.Parameter(torch.tensor(2.0))
-        self.register_buffer("empty", torch.empty(0, 4))
+        self.empty = nn.Parameter(torch.empty(0, 4))
         self.transposed = nn.Parameter(torch.randn(6, 7).t())
         self.bfloat = nn.Parameter(torch.randn(9, 4).bfloat16())
         self.short = nn.Parameter(torch.randn(8).half())

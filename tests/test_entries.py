@@ -1,7 +1,5 @@
 """Which tensors a model has, under which names, and what is done with each."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
@@ -187,6 +185,14 @@ class TestRules:
             polyak.WeightAverage(zoo.mlp(), rules={"*.expert_bias": "average"})
 
 
+def _partitioned(values, **marks):
+    """A layer whose weight is as DeepSpeed leaves it."""
+    model = nn.Linear(2, 2)
+    model.weight.data = values
+    vars(model.weight).update(marks)
+    return model
+
+
 class TestWhatCannotBeAveraged:
     @pytest.mark.protects
     @pytest.mark.parametrize(
@@ -195,13 +201,22 @@ class TestWhatCannotBeAveraged:
             (lambda: zoo.mlp().requires_grad_(False), "nothing to average: Sequential has 4 tensors, 4 of them frozen"),
             (lambda: nn.Linear(2, 2, device="meta"), "'weight' is on the meta device"),
             (lambda: nn.LazyLinear(2), "'weight' is not initialised yet; run a forward pass"),
-            (functools.partial(nn.Linear, 0, 2), "'weight' is a parameter of 0 elements .* as ZeRO-3 leaves"),
+            (lambda: _partitioned(torch.empty(0)), r"'weight' is a parameter of 0 elements \(shape \(0,\)\)"),
+            (lambda: _partitioned(torch.ones(2, 2), ds_id=3), "'weight' is a parameter of 4 elements .* ZeRO-3 leaves"),
         ],
     )
-    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
     def test_raises_by_name(self, make, message):
         with pytest.raises(polyak.StateError, match=message):
             polyak.WeightAverage(make())
+
+    @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+    def test_parameters_that_are_empty_by_nature_are_averaged(self):
+        model = nn.Linear(0, 2)
+        average = polyak.WeightAverage(model)
+        average.update()
+        with average.swapped():
+            pass
+        assert average.weights()["weight"].shape == (2, 0)
 
     @pytest.mark.protects
     def test_unknown_dtypes_raise_by_name_and_may_be_copied(self):

@@ -307,10 +307,11 @@ def _check_initialised(site: Site, *, may_be_empty: bool) -> None:
             f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
             "average reads them"
         )
-    if site.is_parameter and tensor.numel() == 0 and not may_be_empty:
+    # What ZeRO-3 leaves of any shape is a vector of no elements, and it marks parameters by numbers of its own.
+    if site.is_parameter and not may_be_empty and (tensor.shape == (0,) or hasattr(site.tensor, "ds_id")):
         raise StateError(
-            f"{site.name!r} is a parameter of 0 elements (shape {tuple(tensor.shape)}), as ZeRO-3 leaves where it took "
-            "the values away; average under ZeRO-2, which leaves them whole"
+            f"{site.name!r} is a parameter of {tensor.numel()} elements (shape {tuple(tensor.shape)}), as ZeRO-3 "
+            "leaves where it takes the values away; average under ZeRO-2, which leaves them whole"
         )
 
 
