@@ -158,3 +158,19 @@ def plain_tensors_of_one_rank_are_its_own(folder):
     assert report.stuck == ()
     assert set(report.averages[0].distances) > {"embedding", "experts"}
     assert f"experts.expert_{rank}_0.weight" in average.weights()
+
+
+@on(4)
+def parts_of_different_updates_are_not_put_together(folder):
+    model, _ = make()
+    shard(model)
+    average = polyak.WeightAverage(model, polyak.Uniform())
+    average.update()
+    if distributed.get_rank() == 1:
+        average.update()
+    text = rf"ranks have made different updates, this one {1 + (distributed.get_rank() == 1)} until time"
+    path = folder / "apart.safetensors"
+    for call in (average.weights, average.report, lambda: average.export(path)):
+        with pytest.raises(polyak.MismatchError, match=text):
+            call()
+    assert not path.exists()

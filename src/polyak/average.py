@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from polyak.attach import Attachment, check_optimizers
 from polyak.clock import Clock
 from polyak.core import Core, NonFinite
-from polyak.entries import Rules, extra_states
+from polyak.entries import Rules
 from polyak.errors import StateError, listed
-from polyak.exporting import by_every_name, check_can_be_whole
+from polyak.exporting import raw_weights
 from polyak.kernels import Plan
 from polyak.profiles import Profile, named_profiles
 from polyak.replicas import Replicas
@@ -302,11 +302,7 @@ class WeightAverage:
 
     def raw_weights(self) -> dict[str, Tensor]:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
-        core = self._core
-        with together(core, "raw_weights()"):
-            core.verify()
-            check_can_be_whole(core, "raw_weights()")
-        return by_every_name(core, core.store.raw() if self.is_swapped else {}) | extra_states(core.source.model)
+        return raw_weights(self._core)
 
     def write_back(self) -> None:
         """Writes the average into the source for good; training goes on from it. See `AverageView.write_back`."""

@@ -19,6 +19,7 @@ from polyak.entries import extra_states
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import cast_floating_point, check_floating_point, is_plain
 from polyak.shards import local
+from polyak.syncing import together
 
 _PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
 
@@ -32,6 +33,15 @@ def by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
     # Each name of a tied tensor has the same copy.
     copies = {key: _copy(tensor) for key, tensor in {id(tensor): tensor for tensor in found.values()}.items()}
     return {name: copies[id(tensor)] for name, tensor in found.items()}
+
+
+def raw_weights(core: Core) -> dict[str, Tensor]:
+    """The source's own weights, wherever they stand; see `WeightAverage.raw_weights`."""
+    # Those are right whatever updates other ranks have made.
+    with all_or_none(core.store.meshes, "raw_weights()"):
+        core.verify()
+        check_can_be_whole(core, "raw_weights()")
+    return by_every_name(core, core.store.raw() if core.swapped else {}) | extra_states(core.source.model)
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -70,7 +80,7 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
     check_can_be_whole(core, "export()")
     meshes = core.store.meshes
     what = f"export({os.fspath(path)!r})"
-    with all_or_none(meshes, what):
+    with together(core, what):
         target, tensors = _prepare(core, name, path, dtype, writes=is_first(meshes))
     metadata = {
         "profile": json.dumps(core.profiles[name].describe()),

@@ -83,13 +83,26 @@ def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, No
 
     Raises:
         StateError: another rank raised an error, or is lost.
+        MismatchError: ranks have made different updates.
     """
-    with all_or_none(core.store.meshes if sends else [], call):
+    meshes = core.store.meshes if sends else []
+    with all_or_none(meshes, call):
         yield
+    if meshes and apart([_clock_number(core)], meshes[-1]):
+        raise MismatchError(
+            f"{call}: ranks have made different updates, this one {core.clock.num_updates} until time "
+            f"{core.clock.time:g}, so that their parts do not belong together. Nothing was written. Every rank must "
+            "make the same calls"
+        )
+
+
+def _clock_number(core: Core) -> int:
+    state = repr((core.clock.state(), core.store.pending))
+    return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big")
 
 
 def check_replicas(core: Core, call: str) -> None:
-    """Raises on every rank where ranks that share the averages of one model have other weights, or another time.
+    """Raises on every rank where ranks that share the averages of one model have other weights.
 
     Raises:
         MismatchError: ranks differ.
@@ -99,9 +112,8 @@ def check_replicas(core: Core, call: str) -> None:
     if replicas is None:
         return
     weights = {e.name: e.local for e in core.source.entries if e.is_parameter and e.action == "average"}
-    clock = int.from_bytes(hashlib.blake2b(repr(core.clock.state()).encode(), digest_size=8).digest(), "big")
-    positions = apart([clock, *checksums(list(weights.values()))], replicas.mesh)
-    found = [["the number of updates, or the time", *weights][position] for position in positions]
+    positions = apart(checksums(list(weights.values())), replicas.mesh)
+    found = [list(weights)[position] for position in positions]
     if any_rank(len(found) > 0, core.store.meshes):
         raise MismatchError(
             f"{call}: ranks that share averages have different {listed(found) or 'weights, others than this one'}. "
