@@ -11,6 +11,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 import polyak
 import sharded_zoo
 import zoo
+from polyak.kernels.native import library
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard
 
@@ -269,6 +270,31 @@ def ranks_that_are_apart_are_told_before_anything_is_written(folder):
         _with(model[0].weight, 1.0 * own, lambda: polyak.WeightAverage(model, shard_over=distributed.group.WORLD))
     with pytest.raises(polyak.MismatchError, match="the tensors of the model"):
         polyak.WeightAverage(nn.Linear(2, 3 if own else 4), shard_over=distributed.group.WORLD)
+
+
+@on(4)
+def all_hear_of_replicas_that_are_apart(folder):
+    model, _ = make()
+    mesh = mesh_of(2, 2)
+    shard(model, mesh)
+    average = polyak.WeightAverage(model, shard_over=mesh["outer"])
+    average.update()
+    rank = distributed.get_rank()
+    with torch.no_grad():
+        # Of the two pairs of ranks that share, one is apart.
+        model.gain._local_tensor[0] += float(rank == 0)
+    names = "'gain'" if rank in (0, 2) else "weights, others than this one"
+    with pytest.raises(polyak.MismatchError, match=f"ranks that share averages have different {names}"):
+        average.swap_in()
+    assert not average.is_swapped
+
+
+@on(4)
+def slices_with_gaps_go_through_the_fastest_kernel(folder):
+    model = nn.Linear(50, 3)  # fewer rows than ranks: a slice has a gap after each
+    average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+    if library() is not None:
+        assert str(average.plan).startswith("native: 2 tensors")
 
 
 @torch.no_grad()
