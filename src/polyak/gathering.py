@@ -16,7 +16,7 @@ from polyak.replicas import Replicas
 Operation = Callable[[], None]
 
 # Of what all ranks give in one message; of each, where they are many, no less than the second.
-_MESSAGE_BYTES = 1 << 26
+_MESSAGE_BYTES = 1 << 24
 _LEAST_BYTES = 1 << 16
 # Its name since torch 2.13, and the one before.
 _all_gather = getattr(distributed, "all_gather_single", None) or cast("Any", distributed).all_gather_into_tensor
@@ -47,6 +47,8 @@ def gathering(replicas: Replicas, tensors: Mapping[str, Tensor]) -> list[Operati
         replicas: whose share is what.
         tensors: whole ones, by the names of shared entries; a part of a model that is sharded besides is one, too.
     """
+    if replicas.size == 1:
+        return []
     groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.dtype, tensor.device), {})[name] = tensor.detach()
