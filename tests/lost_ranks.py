@@ -13,12 +13,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which fully_shard imports, in each fork anew where that comes first
 from torch import distributed
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-import polyak
+import polyak.average
 import zoo
 
 SIZE = 3

@@ -15,7 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch._dynamo  # which fully_shard imports, in each fork anew where that comes first
 from torch import distributed
+
+import polyak.average  # noqa: F401  # which polyak imports when it is asked for
 
 _SIZES = (4, 3, 2, 1)
 
