@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
+from polyak.collectives import is_initialized
 from polyak.errors import StateError
 
 Forward = Callable[[nn.Module, Any], object]
@@ -213,7 +214,7 @@ def _without_compiled_code() -> AbstractContextManager[object]:
 
 @contextmanager
 def _with_progress(batches: Iterable[Any], progress: bool) -> Generator[Iterable[Any], None, None]:
-    if not progress or (_is_distributed() and distributed.get_rank() > 0):
+    if not progress or (is_initialized() and distributed.get_rank() > 0):
         yield batches
         return
     from rich.progress import Progress
@@ -222,13 +223,9 @@ def _with_progress(batches: Iterable[Any], progress: bool) -> Generator[Iterable
         yield bar.track(batches, description="BatchNorm statistics")
 
 
-def _is_distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
-
-
 def _sum_over_ranks(layers: list[_Layer], num_batches: int) -> int:
     """Makes each layer's sums those of all ranks; returns the number of all batches."""
-    if not layers or not _is_distributed():
+    if not layers or not is_initialized():
         return num_batches
     device = layers[0].sums.device
     count = torch.tensor([num_batches], dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""What ranks send to each other. Every function is for all ranks that it concerns, and waits for the others.
+"""What ranks send to each other, and which do. What sends is for all that it concerns, and waits for the others.
 
 A rank that is lost, or that does not make the same call, ends the waiting by the timeout of torch's process group.
 """
@@ -16,6 +16,11 @@ from polyak.errors import StateError
 from polyak.shards import Sharding, local, sharding_of
 
 
+def is_initialized() -> bool:
+    """Whether torch.distributed is there, and has a process group."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 @contextmanager
 def messages() -> Generator[None, None, None]:
     """Says what it means where torch cannot send a message, or gets none.
@@ -23,7 +28,7 @@ def messages() -> Generator[None, None, None]:
     Raises:
         StateError: it could not.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_initialized():
         raise StateError(
             "ranks cannot send messages: the process group was destroyed, or never made. Do this before "
             "destroy_process_group()"
@@ -141,7 +146,7 @@ def meshes_of(shardings: Iterable[Sharding]) -> list[Any]:
 
 def is_alone() -> bool:
     """Whether no other process trains together with this one, as far as torch.distributed knows; sends nothing."""
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1
+    return not is_initialized() or distributed.get_world_size() == 1
 
 
 def is_first(meshes: Sequence[Any]) -> bool:

@@ -45,8 +45,8 @@ def raw_weights(core: Core) -> dict[str, Tensor]:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    together = whole(tensor)
-    return together.clone() if together is tensor else together
+    made = whole(tensor)
+    return made.clone() if made is tensor else made
 
 
 def _live_by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

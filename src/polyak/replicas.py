@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 
+from polyak.collectives import is_initialized
 from polyak.entries import Entry
 from polyak.errors import StateError
 from polyak.shards import Sharding, describe
@@ -49,7 +50,11 @@ class Replicas:
     Averaged parameters of more than one number are shared. Buffers are not: data-parallel ranks may have their own.
 
     Attributes:
-        mesh: the ranks, as a DeviceMesh of one dimension.
+        over: the ranks, as they were given.
+        mesh: the same as a DeviceMesh of one dimension.
+        group: the same as a process group.
+        size: how many they are.
+        rank: this one's place among them.
         shares: by the entry's name.
 
     Args:
@@ -111,7 +116,7 @@ class Replicas:
 
 
 def _mesh_of(over: Any, device_type: str) -> Any:
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_initialized():
         raise StateError(f"shard_over={over!r}: torch.distributed is not initialised; call init_process_group() first")
     from torch.distributed.device_mesh import DeviceMesh
 

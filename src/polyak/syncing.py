@@ -1,4 +1,4 @@
-"""Whether ranks have the same averages, bit for bit, where they should; they never send them to each other."""
+"""Whether ranks average alike: the same model, updates and bits where they should. They send digests only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from polyak.collectives import all_or_none, any_rank, apart, given_by_all
+from polyak.collectives import all_or_none, any_rank, apart, given_by_all, is_initialized
 from polyak.core import Core
 from polyak.entries import Entry
 from polyak.errors import MismatchError, StateError, listed
@@ -22,7 +22,7 @@ _Digests = dict[str, tuple[str, str]]
 
 def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     """Compares the digests of all ranks; see `WeightAverage.check_in_sync`."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_initialized():
         if core.store.meshes:
             raise StateError("check_in_sync() after the process group was destroyed: ranks cannot be compared any more")
         return
@@ -39,10 +39,10 @@ def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(given) if text]
     if failed:
         raise StateError(f"check_in_sync() raised an error on {listed(failed)}")
-    apart = list(_differences([digests for digests, _ in given]))
-    if apart:
+    found = list(_differences([digests for digests, _ in given]))
+    if found:
         raise MismatchError(
-            f"ranks have different averages of {listed(apart)}. Each of them must make the same updates of the same "
+            f"ranks have different averages of {listed(found)}. Each of them must make the same updates of the same "
             "weights. Of buffers such as the statistics of a BatchNorm, DistributedDataParallel lets each rank have "
             "its own; buffers=False leaves them out"
         )
