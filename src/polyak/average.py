@@ -63,7 +63,7 @@ class WeightAverage:
             times nearer to their sources: for decays above 0.9999 and runs of many updates.
         seed: of stochastic rounding. The same seed, updates and names give the same bits.
         device: where the averages are. Default: where the source is. On the "cpu" they follow a model on an accelerator
-            beside its training (docs/host.md): no step waits, reading waits, and `wait()` does.
+            beside its training (docs/host.md): reading waits, and `wait()` does; a step only where others train along.
         shard_over: divide the averages among these data-parallel ranks, so that each keeps and updates its share of
             every large tensor: torch's process group, or a dimension of a mesh over which the model is replicated, as
             in `mesh["replicate"]`. Swaps, exports, and all that gives whole tensors then need every rank.
@@ -74,7 +74,8 @@ class WeightAverage:
             bytes at each update, the only one that is ever sent there, and wait for it.
 
     Raises:
-        StateError: there is nothing to average, or a tensor that cannot be averaged.
+        StateError: there is nothing to average, or a tensor that cannot be averaged or, among these ranks, divided.
+        TypeError: `shard_over` is no process group and no mesh.
         MismatchError: two tensors of the model share memory without being the same tensor; or ranks over which the
             model or its averages are sharded have another model or other arguments.
 
@@ -177,7 +178,7 @@ class WeightAverage:
 
         Raises:
             MismatchError: the model's tensors are not those that the average was made for. No average has changed.
-            StateError: an average stands in the source, or the time axis changed.
+            StateError: an average stands in the source, the time axis changed, or an earlier update failed.
             ValueError: time does not advance.
         """
         core = self._core

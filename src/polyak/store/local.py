@@ -1,4 +1,4 @@
-"""Averages as plain tensors by name, whole, in this process, on the source's device or a chosen one."""
+"""Averages as plain tensors by name: the parts or shares that this process has, on a device of choice."""
 
 from __future__ import annotations
 

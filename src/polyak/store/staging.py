@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ def pack(tensors: Mapping[str, Tensor], limit: int = _BUFFER_BYTES) -> list[Buff
     offsets: dict[str, int] = {}
     end = 0
     for name, tensor in tensors.items():
-        size = -(-num_bytes([tensor]) // _ALIGNMENT) * _ALIGNMENT
+        size = -(-num_bytes(tensor) // _ALIGNMENT) * _ALIGNMENT
         if offsets and end + size > limit:
             buffers.append(Buffer(offsets, end))
             offsets, end = {}, 0
@@ -52,13 +52,13 @@ def pack(tensors: Mapping[str, Tensor], limit: int = _BUFFER_BYTES) -> list[Buff
     return [*buffers, Buffer(offsets, end)] if offsets else buffers
 
 
-def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """What the elements of tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def num_bytes(tensor: Tensor) -> int:
+    """What the elements of a tensor take."""
+    return tensor.numel() * tensor.element_size()
 
 
 def _view(flat: Tensor, offset: int, like: Tensor) -> Tensor:
     # Without gaps, in the order of dimensions that the average of such a tensor has.
     layout = torch.empty_like(like, device="meta")
-    stretch = flat[offset : offset + num_bytes([layout])]
+    stretch = flat[offset : offset + num_bytes(layout)]
     return stretch.view(like.dtype).as_strided(layout.shape, layout.stride())

@@ -225,4 +225,4 @@ def _flat(tensor: Tensor) -> Tensor:
 def _is_large_and_dense(tensor: Tensor) -> bool:
     if tensor.is_conj() or tensor.is_neg() or not is_dense(tensor):
         return False
-    return num_bytes([tensor]) >= _SMALL_BYTES
+    return num_bytes(tensor) >= _SMALL_BYTES
