@@ -6,7 +6,6 @@ lies beside training steps, from a trace. On a CPU the engine is the same, with 
 time from the training's cores, so that the trace is what counts there.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,16 +23,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import polyak
 from benchmarks import machine
-from benchmarks.results import FOLDER, markdown
+from benchmarks.rates import GIBIBYTE
+from benchmarks.results import FOLDER, markdown, write_files
 from benchmarks.table import Table, digits, mark
 from benchmarks.timing import Spread, spread
 from polyak.store import local
+from polyak.store.host import NUM_SETS
 from polyak.store.transfer import PlainCopies
 
 STEP, WORKER = "training step", "polyak: update on the host"
 MOST_TIMES_AS_LONG = 1.02
 LEAST_OF_RATE = 0.85
-GIB = 1 << 30
 
 Interval = tuple[float, float]
 
@@ -122,7 +122,6 @@ class HostResult:
     worker: float
     overlap: float
     staging_bytes: int
-    copied_bytes: int
     reference_rate: float | None = None
     idle_rate: float | None = None
     training_rate: float | None = None
@@ -177,7 +176,7 @@ def measure(size: Size, device: torch.device) -> HostResult:
     intervals, copies = trace(training, average, size.steps, device)
     worker = intervals.get(WORKER, [])
     staging = average.report().num_staging_bytes
-    set_bytes = staging // 2
+    set_bytes = staging // NUM_SETS
     found = HostResult(
         training.num_parameters,
         *map(spread, times.values()),
@@ -186,15 +185,14 @@ def measure(size: Size, device: torch.device) -> HostResult:
         worker=statistics.mean(end - start for start, end in worker) / 1e3,
         overlap=shared(worker, intervals[STEP]) / length(worker),
         staging_bytes=staging,
-        copied_bytes=set_bytes,
     )
     if device.type != "cuda":
         return found
     return replace(
         found,
-        reference_rate=reference_rate(min(set_bytes, GIB), device),
+        reference_rate=reference_rate(min(set_bytes, GIBIBYTE), device),
         idle_rate=idle_rate(average, set_bytes, device),
-        training_rate=set_bytes * len(worker) / GIB / (copies / 1e6) if copies else None,
+        training_rate=set_bytes * len(worker) / GIBIBYTE / (copies / 1e6) if copies else None,
     )
 
 
@@ -262,7 +260,7 @@ def idle_rate(average: polyak.WeightAverage, size: int, device: torch.device) ->
 
 
 def fastest(copy: Callable[[], object], size: int, device: torch.device, rounds: int = 10) -> float:
-    return size / GIB / (min(turn(copy, 1, device) for _ in range(rounds)) / 1e3)
+    return size / GIBIBYTE / (min(turn(copy, 1, device) for _ in range(rounds)) / 1e3)
 
 
 def table(found: HostResult, device: str) -> Table:
@@ -306,10 +304,8 @@ def with_quartiles(time: Spread) -> str:
 def write(found: HostResult, device: str, folder: Path = FOLDER) -> list[Path]:
     about = machine.describe(device)
     stem = f"host-cpu-{about['threads']}-threads" if device == "cpu" else f"host-{device}"
-    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
-    paths[0].write_text(json.dumps({"machine": about, "host": asdict(found)}, indent=2) + "\n")
-    paths[1].write_text(markdown(about, [table(found, device)], None))
-    return paths
+    text = markdown(about, [table(found, device)], None)
+    return write_files(stem, {"machine": about, "host": asdict(found)}, text, folder)
 
 
 def main(

@@ -73,10 +73,15 @@ def measured(comparison: Comparison, shape: str, found: Sequence[dict[str, Any]]
     )
 
 
+def num_threads(ranks: int) -> int:
+    """Those of each rank: the cores of this machine, divided among them."""
+    return max(1, (os.cpu_count() or 1) // ranks)
+
+
 def run_rank(rank: int, ranks: int, jobs: Sequence[tuple[str, str]], rounds: int | None, folder: str) -> None:
     """One rank: it leaves what it finds in a file of its own."""
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    torch.set_num_threads(num_threads(ranks))
     if on_gpu:
         torch.cuda.set_device(rank)
     else:
@@ -169,7 +174,7 @@ def main(
     device = "cuda" if num_gpus > 1 else "cpu"
     ranks = min(ranks, num_gpus) if device == "cuda" else ranks
     about = {**machine.describe(device), "ranks": str(ranks)}
-    about["threads"] = f"{max(1, (os.cpu_count() or 1) // ranks)} a rank"
+    about["threads"] = f"{num_threads(ranks)} a rank"
     found = measure(ranks, shapes.split(",") if shapes else TIMED, rounds)
     shown = table(found)
     console = Console(width=150)

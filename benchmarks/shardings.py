@@ -86,7 +86,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 def of_parts(plain: nn.Module, sharded: nn.Module) -> nn.Module:
     """Gives a plain model the parts of a sharded one that are here, as tensors of its own, tied as they are there.
 
-    A part without elements is left out, for a plain parameter without any is taken for one that is not there yet.
+    A part without elements is left out, for a plain vector without any is taken for what ZeRO-3 leaves.
     """
     parts: dict[Tensor, nn.Parameter | None] = {}
     for name, parameter in sharded.named_parameters(remove_duplicate=False):

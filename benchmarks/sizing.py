@@ -14,13 +14,13 @@ from rich.console import Console
 from benchmarks.rates import PCIE, Machine, machines, update_rate
 from benchmarks.suites import COMPENSATED, FLOAT32, MIXED, STOCHASTIC, Suite
 from benchmarks.table import Table, digits
+from polyak.store.host import NUM_SETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
 BEGIN, END = "<!-- sizing: begin -->\n", "<!-- sizing: end -->\n"
 
 MODES = (MIXED, FLOAT32, STOCHASTIC, COMPENSATED)
 EVERY = (1, 10, 100)
-STAGING_SETS = 2  # one is filled while the kernel reads the other
 RANKS_OF_A_NODE = 8
 BILLION = 1e9
 GIGABYTE = 1e9
@@ -88,7 +88,7 @@ class Place:
 
     @property
     def host_bytes(self) -> float:
-        staging = STAGING_SETS * self.layout.suite.source.itemsize
+        staging = NUM_SETS * self.layout.suite.source.itemsize
         return (kept_bytes(self.layout.suite) + staging) * self.parameters * RANKS_OF_A_NODE if self.on_host else 0
 
     @property
@@ -126,7 +126,11 @@ def kept_bytes(suite: Suite) -> int:
 def places(layout: Layout) -> list[Place]:
     """Those worth a thought: nobody wants what replicas could share several times in one host's memory."""
     shared = layout.replicas > 1
-    return [Place(layout), *([Place(layout, divided=True)] if shared else []), Place(layout, True, shared)]
+    return [
+        Place(layout),
+        *([Place(layout, divided=True)] if shared else []),
+        Place(layout, on_host=True, divided=shared),
+    ]
 
 
 def every_place() -> list[Place]:

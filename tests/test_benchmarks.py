@@ -414,7 +414,7 @@ def test_an_average_beside_a_training_is_measured(tmp_path):
 
 def test_the_bounds_of_averages_on_the_host():
     alone, beside, in_place = (Spread(time, time - 1, time + 1) for time in (100.0, 101.0, 103.0))
-    found = host.HostResult(1, alone, beside, in_place, 10, 10, 5.0, 0.9, 2, 1, 50.0, 45.0, 44.0)
+    found = host.HostResult(1, alone, beside, in_place, 10, 10, 5.0, 0.9, 2, 50.0, 45.0, 44.0)
     assert (found.times_as_long, found.of_rate) == (1.01, 0.9)
     assert host.with_quartiles(beside) == "101 (100 to 102)"
     marks = [row[2] for row in host.table(found, "cuda").rows if row[2]]
