@@ -3,9 +3,19 @@
 import contextlib
 import threading
 
+import torch
+
+import polyak
 from polyak.store.transfer import PlainCopies, Staging
 
+PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
+MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float64}]
 SECONDS = 20  # until a test that hangs fails
+
+
+def weights(average):
+    """All averages by profile and name, on the host."""
+    return {f"{name}/{key}": t.cpu() for name in average.profiles for key, t in average[name].weights().items()}
 
 
 class Held:
@@ -65,10 +75,10 @@ class Machine:
         return Transfer(self, sources)
 
     @contextlib.contextmanager
-    def busy(self, copied=Slow):
-        """Copies, or the worker, stand still inside."""
+    def busy(self):
+        """The worker stands still inside."""
         self.gate.clear()
-        before, self.copied = self.copied, copied
+        before, self.copied = self.copied, Slow
         try:
             yield
         finally:

@@ -20,12 +20,9 @@ from torch import nn
 import polyak
 import test_table
 import zoo
-from host_cases import SECONDS, Held, Machine, Slow
+from host_cases import MODES, PROFILES, SECONDS, Held, Machine, Slow, weights
 from polyak.store import host, local, transfer
 from test_memory import peak_memory
-
-PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
-MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float64}]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 
@@ -68,10 +65,6 @@ def pair(here, make=zoo.batchnorm, profile=PROFILES, **options):
 def drift(*models, seed):
     for model in models:
         zoo.drift(model, torch.Generator().manual_seed(seed))
-
-
-def weights(average):
-    return {f"{name}/{key}": t for name in average.profiles for key, t in average[name].weights().items()}
 
 
 def assert_same(one, other):

@@ -8,6 +8,7 @@ from torch import nn
 
 import polyak
 import zoo
+from host_cases import MODES, PROFILES, weights
 from polyak.store import local
 from polyak.store.transfer import SideStreams, transfer_for
 
@@ -16,9 +17,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that CUDA can use"),
     pytest.mark.filterwarnings("ignore:the average is .* after 0 updates"),
 ]
-
-PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
-MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float64}]
 
 
 def pair(make, profile=PROFILES, **options):
@@ -36,10 +34,6 @@ def drift(model, twin, seed):
     zoo.drift(twin, torch.Generator().manual_seed(seed))
     for name, tensor in model.state_dict().items():
         tensor.copy_(twin.state_dict()[name])
-
-
-def weights(average):
-    return {f"{name}/{key}": t.cpu() for name in average.profiles for key, t in average[name].weights().items()}
 
 
 class Large(nn.Module):
