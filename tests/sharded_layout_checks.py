@@ -75,7 +75,7 @@ def every_layout_is_one_process_in_every_mode(folder):
             model = lay(make())
             average, mirror = polyak.WeightAverage(model, PROFILES, **options), Mirror(make(), **options)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
-            for step in range(3):
+            for step in range(2):
                 torch.manual_seed(step)
                 model(torch.randn(4, 6)).square().mean().backward()
                 optimizer.step()
@@ -142,7 +142,7 @@ def mixtures_are_one_process_in_every_mode(folder):
                 polyak.WeightAverage(model, PROFILES, **options),
                 polyak.WeightAverage(alone, PROFILES, **options),
             )
-            for step in range(3):
+            for step in range(2):
                 for each in (model, alone):
                     sharded_zoo.drift(each, torch.Generator().manual_seed(step))
                 average.update()
