@@ -157,7 +157,8 @@ def table(rows: Sequence[Measured]) -> Table:
             for row in rows
         ],
         num_text=2,
-        note="The two take turns in the same processes, and all ranks begin each update together.",
+        note="The two take turns in the same processes, and all ranks begin each update together. A ratio is of the "
+        "first to the other, or to the N-th part of the other where N ranks share what the other keeps whole.",
     )
 
 

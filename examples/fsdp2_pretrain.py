@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py               # less than a minute; writes runs/fsdp2
     torchrun --nproc-per-node=2 examples/fsdp2_pretrain.py --steps 160 --resume   # goes on, here on two ranks
-    torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py --shard-over 2         # two replicas share the averages
+    torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py --shard-over 2 --output runs/hsdp  # replicas share averages
 
 It runs on GPUs where there are any, one for each rank, and otherwise on CPUs. The text is the part of Python's manual
 that comes with Python. The learning rate stays high, as it does through most of a long run, so that the raw weights
@@ -192,6 +192,10 @@ def main(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint in the folder.")] = False,
 ) -> None:
     """Train a small language model over the ranks that torchrun starts, and compare its weights with averages."""
+    if "RANK" not in os.environ:
+        raise SystemExit("start it by torchrun, as in: torchrun --nproc-per-node=4 examples/fsdp2_pretrain.py")
+    if resume and not (output / "latest").exists():
+        raise SystemExit(f"--resume: there is no checkpoint in {output}; leave it out, or say where with --output")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:

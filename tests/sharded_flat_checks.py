@@ -102,8 +102,8 @@ def errors_name_the_second_kind(folder):
             call()
     with pytest.raises(polyak.StateError, match=r"export\(\) of a model .* fully_shard \(FSDP2\)"):
         average.export(folder / "flat.safetensors")
-    for options in ({"dtype": torch.bfloat16}, {"nonfinite": "skip"}):
-        with pytest.raises(polyak.StateError, match=r"leave these out, or .* fully_shard \(FSDP2\)"):
+    for options in ({"dtype": torch.bfloat16}, {"nonfinite": "skip"}, {"shard_over": distributed.group.WORLD}):
+        with pytest.raises(polyak.StateError, match=r"leave out what of these was given, or .* fully_shard \(FSDP2\)"):
             polyak.WeightAverage(model, **options)
     with pytest.raises(polyak.StateError, match=r"without use_orig_params=True .* fully_shard \(FSDP2\)"):
         polyak.WeightAverage(wrap(make(), use_orig_params=False))

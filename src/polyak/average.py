@@ -117,10 +117,11 @@ class WeightAverage:
         clock = Clock(every=every, start=float(start) if type(start) is int else start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
         modes = Modes(dtype, compensated, seed)
-        if source.flat_rank is not None and (modes.is_stochastic or nonfinite != "propagate"):
+        if source.flat_rank is not None and (modes.is_stochastic or nonfinite != "propagate" or shard_over is not None):
             raise StateError(
-                f"dtype={dtype}, nonfinite={nonfinite!r}: under FullyShardedDataParallel averages are not kept in 16 "
-                "bits, and not looked at for NaNs; leave these out, or shard the model by fully_shard (FSDP2)"
+                f"dtype={dtype}, nonfinite={nonfinite!r}, shard_over={shard_over!r}: under FullyShardedDataParallel "
+                "averages are not kept in 16 bits, not looked at for NaNs, and not shared; leave out what of these was "
+                "given, or shard the model by fully_shard (FSDP2)"
             )
         store = LocalStore(
             source.entries,

@@ -79,6 +79,11 @@ class Core:
     def __getstate__(self) -> dict[str, Any]:
         if self.swapped is not None:
             raise StateError("an average cannot be pickled or copied inside of swapped(): leave the swap first")
+        if self.store.meshes:
+            raise StateError(
+                "an average that lies over several ranks cannot be pickled or copied, for the ranks cannot: save its "
+                "state_dict() by torch.distributed.checkpoint, or make another average of the model"
+            )
         self.catch_up()
         # A copy has no live modules and attached optimizers until it gets its own.
         return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}

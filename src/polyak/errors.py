@@ -25,16 +25,18 @@ class StateError(PolyakError):
     """The call does not fit the state that the object is in."""
 
 
-def listed(items: Iterable[object]) -> str:
+def listed(items: Iterable[object], *, quoted: bool = True) -> str:
     """Joins items for an error message, the first few in full and a count of the rest.
 
     Example:
         >>> listed(["a", "b"])
         "'a', 'b'"
+        >>> listed(["a", "b"], quoted=False)
+        'a, b'
         >>> listed(range(10))
         '0, 1, 2, 3, 4, 5, 6, 7 and 2 more'
     """
-    texts = [repr(item) for item in items]
+    texts = [repr(item) if quoted else str(item) for item in items]
     text = ", ".join(texts[:_MAX_LISTED])
     return text if len(texts) <= _MAX_LISTED else f"{text} and {len(texts) - _MAX_LISTED} more"
 

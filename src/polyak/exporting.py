@@ -37,8 +37,8 @@ def by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 
 def raw_weights(core: Core) -> dict[str, Tensor]:
     """The source's own weights, wherever they stand; see `WeightAverage.raw_weights`."""
-    # Those are right whatever updates other ranks have made.
-    with all_or_none(core.store.meshes, "raw_weights()"):
+    # Outside of a swap each rank has its part of them, and they are right whatever updates other ranks have made.
+    with all_or_none(core.store.meshes if core.swapped else core.source.meshes, "raw_weights()"):
         core.verify()
         check_can_be_whole(core, "raw_weights()")
     return by_every_name(core, core.store.raw() if core.swapped else {}) | extra_states(core.source.model)

@@ -127,6 +127,8 @@ def _mesh_of(over: Any, device_type: str) -> Any:
                 f"mesh[{(over.mesh_dim_names or ('replicate',))[0]!r}]"
             )
         mesh = over
+    elif over is distributed.GroupMember.NON_GROUP_MEMBER:
+        raise StateError(f"shard_over: rank {distributed.get_rank()} is not in the process group that was given")
     elif isinstance(over, distributed.ProcessGroup):
         mesh = DeviceMesh.from_group(over, device_type)
     else:

@@ -345,8 +345,8 @@ def _check_same_kind(entry: Entry, tensor: Tensor, *, given_by: str, hint: str) 
     elif sharding_of(tensor) != entry.sharding:
         raise MismatchError(
             f"{entry.name!r} of {given_by} is {describe(sharding_of(tensor))}, and was {describe(entry.sharding)} when "
-            "the average was made. Nothing was written. The state goes from one to the other by "
-            f"torch.distributed.checkpoint, and weights() gives whole tensors{hint}"
+            "the average was made. Nothing was written. Make the average after the model is sharded. Its state goes "
+            "from one layout to another by torch.distributed.checkpoint, and weights() gives whole tensors"
         )
     else:
         return

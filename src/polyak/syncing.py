@@ -38,11 +38,11 @@ def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
         raise failure
     failed = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(given) if text]
     if failed:
-        raise StateError(f"check_in_sync() raised an error on {listed(failed)}")
+        raise StateError(f"check_in_sync() raised an error on {listed(failed, quoted=False)}")
     found = list(_differences([digests for digests, _ in given]))
     if found:
         raise MismatchError(
-            f"ranks have different averages of {listed(found)}. Each of them must make the same updates of the same "
+            f"ranks are apart: {listed(found, quoted=False)}. Each of them must make the same updates of the same "
             "weights. Of buffers such as the statistics of a BatchNorm, DistributedDataParallel lets each rank have "
             "its own; buffers=False leaves them out"
         )
@@ -65,9 +65,10 @@ def check_alike(core: Core) -> None:
     groups = [meshes[-1].get_group(dimension) for dimension in range(meshes[-1].ndim)]
     found = [name for group in groups for name in _differences(given_by_all(mine, group))]
     if any_rank(len(found) > 0, meshes):
+        what = listed(dict.fromkeys(found), quoted=False) or "others than this one"
         raise MismatchError(
-            f"ranks average differently: {listed(dict.fromkeys(found)) or 'others than this one'}. Each of them must "
-            "have the same model, and a WeightAverage with the same arguments"
+            f"ranks average differently: {what}. Each of them must have the same model, and a WeightAverage with the "
+            "same arguments"
         )
     check_replicas(core, "shard_over")
 

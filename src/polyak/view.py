@@ -144,8 +144,8 @@ class AverageView:
         core = self._core
         if dtype is not None:
             check_floating_point(dtype)
+        self._check_whole("module()")
         with together(core, "module()", sends=core.store.replicas is not None):
-            self._check_whole("module()")
             core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
