@@ -525,6 +525,33 @@ def test_nothing_is_done_after_an_error(machine, here, monkeypatch):
     assert runs == [1]
 
 
+@pytest.mark.protects
+def test_what_is_left_out_after_an_error_waits_for_its_copy(machine, here, monkeypatch):
+    """Its staging memory is free then: a swap may keep the weights in it."""
+    _, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    second, waited = threading.Event(), []
+
+    class Second:
+        def __init__(self, make, gate, holds):
+            pass
+
+        def wait(self):
+            assert second.wait(SECONDS)
+            waited.append(True)
+
+    def run(self, weights, number):
+        raise BrokenError
+
+    monkeypatch.setattr(host._Set, "run", run)
+    with machine.busy():
+        average.update()
+        machine.copied = Second
+        average.update()
+    threading.Timer(0.2, second.set).start()
+    average._core.store.settle()
+    assert waited
+
+
 def test_a_copy_that_fails_leaves_the_average_as_it_is(machine, here):
     model, average, twin, right = pair(here, zoo.mlp, polyak.Exponential(0.9))
 

@@ -16,6 +16,7 @@ class Accelerator:
 
     def __init__(self):
         self.log = []
+        self.on = None
         self.training = self.current = self.Stream(name="training")
 
     def Stream(self, device=None, name="side"):  # noqa: N802
@@ -28,7 +29,14 @@ class Accelerator:
         return self.current
 
     @contextlib.contextmanager
+    def device(self, device):
+        before, self.on = self.on, device
+        yield
+        self.on = before
+
+    @contextlib.contextmanager
     def stream(self, stream):
+        assert self.on is not None
         before, self.current = self.current, stream
         yield
         self.current = before
@@ -57,6 +65,7 @@ class Event:
         self.accelerator.log.append(f"{stream.name} records {self.number}")
 
     def synchronize(self):
+        assert self.accelerator.on == torch.device("cpu")
         self.accelerator.log.append(f"the host waits for event {self.number}")
 
 

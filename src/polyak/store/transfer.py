@@ -141,7 +141,9 @@ class _Events:
 
     def wait(self) -> None:
         for each in self.events:
-            each.event.synchronize()
+            # The worker's thread is on no device of its own, and must not make a context on the first one.
+            with each.module.device(each.device):
+                each.event.synchronize()
 
     def hold(self) -> None:
         # A capture must not depend on what is outside of it; what it captured runs later.
@@ -162,7 +164,7 @@ class _Lane:
         together: dict[str, Tensor] = {}
         self._flats: list[Tensor] = []
         # The memory belongs to the stream that reads it last.
-        with self._module.stream(self._stream):
+        with self._module.device(device), self._module.stream(self._stream):
             for buffer in pack(self._others):
                 flat = torch.empty(buffer.num_bytes, dtype=torch.uint8, device=device)
                 self._flats.append(flat)
@@ -203,7 +205,8 @@ class _Lane:
         for copies in self._put_together:
             copies.run()
         self._stream.wait_stream(training)
-        with self._module.stream(self._stream):
+        # To choose a stream of another device than the present one would go back to that, and make a context there.
+        with self._module.device(self._device), self._module.stream(self._stream):
             for host, source in pairs:
                 host.copy_(source, non_blocking=True)
         # Who waits for it sleeps, and leaves the core to others.

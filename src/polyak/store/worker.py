@@ -61,11 +61,12 @@ class Worker:
 
 def apply(ledger: Ledger, staged: Staged, copied: Copied, step: Step) -> None:
     """One update, in the worker; it is left out where another has failed before."""
-    if ledger.failure is not None:
-        return
     try:
+        # Also where another has failed: what was copied to may be written by others when this has returned.
         with record_function("polyak: wait for the copy"):
             copied.wait()
+        if ledger.failure is not None:
+            return
         with record_function("polyak: update on the host"):
             number = step.number if ledger.made is None else ledger.made + 1
             pending = [old + new for old, new in zip(ledger.pending, step.growth.values(), strict=True)]
@@ -78,4 +79,4 @@ def apply(ledger: Ledger, staged: Staged, copied: Copied, step: Step) -> None:
                 ledger.pending, ledger.made = [0.0] * len(pending), number
     # Whatever it is, the next call says so.
     except BaseException as error:
-        ledger.failure = error
+        ledger.failure = ledger.failure or error
