@@ -304,6 +304,25 @@ def test_tensors_that_are_replaced_are_staged_anew(machine, here):
     assert average.plan is average._core.store._host.plan
 
 
+def test_where_there_was_no_memory_to_stage_replaced_tensors_the_next_update_tries_again(machine, here, monkeypatch):
+    model, average, twin, right = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    drift(model, twin, seed=0)
+    average.update(), right.update()
+    for each in (model, twin):
+        each[0].weight = nn.Parameter(each[0].weight.detach().clone())
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "transfer_for", fail)
+        with pytest.raises(MemoryError):
+            average.update()
+    drift(model, twin, seed=1)
+    average.update(at=None), right.update()
+    assert_same(average, right)
+
+
 @pytest.mark.protects
 @pytest.mark.parametrize("read", ["tensors", "swap_in", "again", "pickle"])
 def test_a_store_by_itself_is_not_read_while_it_is_written(machine, here, read):
@@ -359,14 +378,38 @@ def test_an_optimizer_waits_until_the_weights_are_copied(machine, here):
 def test_optimizers_are_left_alone_when_the_average_is_gone(machine, here):
     from torch.optim.optimizer import _global_optimizer_pre_hooks as hooks
 
-    model, *kept = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    model, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = len(hooks)
-    made = polyak.WeightAverage(model, device="cpu")
-    assert len(hooks) == before + 1
+    machine.copied = Held
+    for _ in range(3):
+        made = polyak.WeightAverage(model, device="cpu")
+    optimizer.step()
+    assert len(machine.holds) == 1
+    assert len(hooks) == before
     del made
     gc.collect()
-    assert len(hooks) == before
-    assert kept
+    optimizer.step()
+    assert len(machine.holds) == 1
+    assert average
+
+
+def test_an_average_may_be_collected_within_an_optimizer_step(machine, here, monkeypatch):
+    """Torch goes through its hooks there, and raises where one of them is removed."""
+    model, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    gone = [polyak.WeightAverage(model, device="cpu")]
+    ended = weakref.ref(gone[0]._core.store)
+    hold = host.Host.hold
+
+    def collecting(self):
+        gone.clear()
+        gc.collect()
+        hold(self)
+
+    monkeypatch.setattr(host.Host, "hold", collecting)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert ended() is None
+    assert average
 
 
 # Steps that are not finite.
@@ -566,6 +609,25 @@ def test_a_copy_that_fails_leaves_the_average_as_it_is(machine, here):
     average.update(), right.update()
     assert average.num_updates == 1
     assert zoo.bit_equal(average.weights(), right.weights())
+
+
+@pytest.mark.protects
+def test_a_copy_of_which_no_worker_knows_is_waited_for(machine, here, monkeypatch):
+    """As after Ctrl-C in update(): a swap keeps the weights where it is still copied to."""
+    _, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host.Worker, "start", fail)
+        machine.copied = Held
+        machine.gate.clear()
+        with pytest.raises(KeyboardInterrupt):
+            average.update()
+    threading.Timer(0.2, machine.gate.set).start()
+    with average.swapped():
+        assert machine.gate.is_set()
 
 
 # The end of a thread and of a process.

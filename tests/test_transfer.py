@@ -50,6 +50,9 @@ class Stream:
     def wait_stream(self, other):
         self.accelerator.log.append(f"{self.name} waits for {other.name}")
 
+    def synchronize(self):
+        self.accelerator.log.append(f"the host waits for {self.name}")
+
     def wait_event(self, event):
         self.accelerator.log.append(f"{self.name} waits for event {event.number}")
 
@@ -172,6 +175,22 @@ def test_copies_are_in_order_with_the_training(accelerator):
     copied.hold()
     copied.wait()
     assert accelerator.log == ["training waits for event 0", "the host waits for event 0"]
+
+
+def test_copies_of_which_not_all_were_begun_are_waited_for(accelerator, monkeypatch):
+    """As after Ctrl-C: what they are copied to is free when this has raised."""
+    moved = {"large": torch.zeros(LARGE)}
+    way = SideStreams({}, {"large"})
+    way._lanes = [_Lane(torch.device("cpu"), moved, {"large"})]
+    staging = way.make_set()
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Event, "record", fail)
+    with pytest.raises(KeyboardInterrupt):
+        staging.start()
+    assert accelerator.log[-1] == "the host waits for side"
 
 
 def test_a_captured_step_waits_for_nothing_outside(accelerator, monkeypatch):

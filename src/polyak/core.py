@@ -199,6 +199,8 @@ class Core:
         self.check_live()
         if self.source.is_current() or (self.source.reshard() and self.source.is_current()):
             self.source.check_frozen()
+            # Nothing but where it was interrupted, or had no memory, when the tensors were replaced.
+            self.store.bind(self.source.entries)
         else:
             self.verify()
 

@@ -8,6 +8,7 @@ together, it waits for a set, because ranks of which each leaves out what it can
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,14 +64,7 @@ class Host:
         self._worker = Worker()
         self._copied: Copied | None = None
         _HOSTS.add(self)
-        this = weakref.ref(self)
-
-        def before_step(*_: object) -> None:
-            host = this()
-            if host is not None:
-                host.hold()
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(before_step).remove).atexit = False
+        _watch_optimizers()
 
     def submit(self, step: Step) -> bool:
         """Begins an update; False where both sets are in use, and this process is alone: then nothing has happened.
@@ -105,6 +99,9 @@ class Host:
     def settle(self) -> None:
         """Waits until nothing is under way, whatever became of it."""
         wait(list(self._under_way()))
+        # Where `submit` was interrupted no worker has waited for it.
+        if self._copied is not None:
+            self._copied.wait()
 
     def check(self) -> None:
         """Raises StateError where an update failed that is over by now."""
@@ -151,6 +148,21 @@ class _Set:
 
 
 _HOSTS: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Asks every optimizer step of the process, from the first host on.
+
+    There is one hook for all hosts, and it stays: the collector may come upon a host while an optimizer goes through
+    its hooks, where none may be removed.
+    """
+    register_optimizer_step_pre_hook(_hold_all)
+
+
+def _hold_all(*_: object) -> None:
+    for host in list(_HOSTS):
+        host.hold()
 
 
 def _settle_all() -> None:

@@ -116,7 +116,13 @@ class SideStreams:
 
         def start() -> Copied:
             plain.start()
-            return _Events([room.start() for room in rooms])
+            try:
+                return _Events([room.start() for room in rooms])
+            except BaseException:
+                # Nobody knows of those that were begun.
+                for lane in self._lanes:
+                    lane.settle()
+                raise
 
         return Staging(tensors, plain.num_bytes + sum(room.num_bytes for room in rooms), start)
 
@@ -195,6 +201,10 @@ class _Lane:
             tensors.update(buffer.views(flat, self._others))
             pairs.append((flat, source))
         return _Room(tensors, total, lambda: self._start(pairs))
+
+    def settle(self) -> None:
+        """Waits until nothing is copied any more."""
+        self._stream.synchronize()
 
     @torch.no_grad()
     def _start(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> _Event:
