@@ -158,9 +158,10 @@ def measure(size: Size, device: torch.device) -> HostResult:
         average = polyak.WeightAverage(training.model, polyak.Exponential(0.999), device="cpu")
     in_place = polyak.WeightAverage(training.model, polyak.Exponential(0.999))
 
+    # An update of the weights of the step before: the last copy of a turn lies beside a step, too.
     def step_with(average: polyak.WeightAverage) -> None:
-        training.step()
         average.update()
+        training.step()
 
     calls = {"alone": training.step, "beside": partial(step_with, average), "in place": partial(step_with, in_place)}
     times: dict[str, list[float]] = {name: [] for name in calls}
