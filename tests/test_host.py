@@ -613,7 +613,7 @@ def test_a_copy_that_fails_leaves_the_average_as_it_is(machine, here):
 
 @pytest.mark.protects
 def test_a_copy_of_which_no_worker_knows_is_waited_for(machine, here, monkeypatch):
-    """As after Ctrl-C in update(): a swap keeps the weights where it is still copied to."""
+    """As after Ctrl-C in update(): a swap that follows keeps the weights where it was copied to."""
     _, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
 
     def fail(*_):
@@ -623,10 +623,9 @@ def test_a_copy_of_which_no_worker_knows_is_waited_for(machine, here, monkeypatc
         patch.setattr(host.Worker, "start", fail)
         machine.copied = Held
         machine.gate.clear()
+        threading.Timer(0.2, machine.gate.set).start()
         with pytest.raises(KeyboardInterrupt):
             average.update()
-    threading.Timer(0.2, machine.gate.set).start()
-    with average.swapped():
         assert machine.gate.is_set()
 
 

@@ -81,7 +81,12 @@ class Host:
             return False
         with record_function("polyak: stage"):
             self._copied = free.staging.start()
-        free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
+        try:
+            free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
+        except BaseException:
+            # The set is free when this has raised, and no worker waits for what is copied to it.
+            self._copied.wait()
+            raise
         return True
 
     def _find_free(self) -> _Set | None:
@@ -99,9 +104,6 @@ class Host:
     def settle(self) -> None:
         """Waits until nothing is under way, whatever became of it."""
         wait(list(self._under_way()))
-        # Where `submit` was interrupted no worker has waited for it.
-        if self._copied is not None:
-            self._copied.wait()
 
     def check(self) -> None:
         """Raises StateError where an update failed that is over by now."""
