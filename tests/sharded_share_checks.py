@@ -1,15 +1,22 @@
 """`shard_over`: each data-parallel rank keeps its share of the averages, and all together have what one process has."""
 
 import copy
+import os
 import pickle
+import signal
+import threading
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import polyak
 import sharded_zoo
@@ -438,3 +445,149 @@ def what_cannot_be_shared_is_said(folder):
         shard(sharded, mesh)
         with pytest.raises(polyak.StateError, match=r"shard_over: '.*' is sharded as .* not replicated over the"):
             polyak.WeightAverage(sharded, shard_over=mesh["inner"] if over is None else over)
+
+
+@on(4)
+def ranks_may_be_given_in_any_order(folder):
+    for options in MODES[:3]:
+        model, twin = same_on_all(Odd)
+        average = polyak.WeightAverage(model, shard_over=DeviceMesh("cpu", torch.tensor([3, 1, 0, 2])), **options)
+        reference = polyak.WeightAverage(twin, **options)
+        drift(0, model, twin)
+        average.update(), reference.update()
+        check_swap(average, reference, model, twin, "average")
+    checkpoint.save({"average": average}, checkpoint_id=folder / "order")
+    assert zoo.bit_equal(average.weights(), reference.weights())
+    found, wanted = polyak.read(folder / "order").average, reference.weights()
+    assert "conv.weight" in found
+    assert zoo.bit_equal(found, {name: wanted[name] for name in found})
+    sharded = fully_shard(nn.Linear(3, 9), mesh=_unordered())
+    with pytest.raises(polyak.StateError, match=r"shard_over: 'weight' is sharded over a mesh of the ranks \[\[3, 1\]"):
+        polyak.WeightAverage(sharded, shard_over=_unordered()["outer"])
+
+
+def _unordered():
+    return DeviceMesh("cpu", torch.tensor([[3, 1], [0, 2]]), mesh_dim_names=("outer", "inner"))
+
+
+@on(2)
+def what_one_rank_replaces_inside_raises_on_all(folder):
+    model, _ = same_on_all(zoo.mlp)
+    average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+    average.update()
+    own = distributed.get_rank() == 0
+    text = r"0\.weight" if own else "on another rank"
+    with pytest.raises(polyak.StateError, match=f"inside of swapped.*{text}"), average.swapped():
+        model[0].weight.data = 2 * model[0].weight.data if own else model[0].weight.data
+
+
+@on(2)
+def ranks_hold_tensors_in_the_same_order_in_memory(folder):
+    model, _ = same_on_all(lambda: nn.Conv2d(3, 5, 3))
+    average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+    average.update()
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if distributed.get_rank() == 0:
+        model.weight.data = model.weight.data.to(memory_format=torch.channels_last)
+    with pytest.raises(polyak.MismatchError, match=r"have different 'weight'.* in the same order in memory"):
+        average.swap_in()
+    assert zoo.bit_equal(model.state_dict(), raw)
+
+
+@on(2)
+def who_is_interrupted_while_waiting_sends_nothing_twice(folder, monkeypatch=pytest.MonkeyPatch):
+    own = distributed.get_rank() == 0
+
+    def late():
+        if own:
+            threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        else:
+            time.sleep(0.6)
+
+    for place in ("gathering._all_gather", "collectives._reduce"):
+        model, _ = same_on_all(zoo.mlp)
+        average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+        average.update()
+        drift(1, model)
+        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        interrupted = False
+        with monkeypatch.context() as patch:
+            patch.setattr("polyak.gathering._MESSAGE_BYTES", 64)
+            patch.setattr("polyak.gathering._LEAST_BYTES", 16)
+            module = getattr(polyak, place.partition(".")[0])
+            call = getattr(module, place.partition(".")[2])
+
+            def first(*args, call=call, patch=patch, place=place, **kwargs):
+                patch.setattr(f"polyak.{place}", call)
+                late()
+                return call(*args, **kwargs)
+
+            try:
+                with average.swapped():
+                    patch.setattr(f"polyak.{place}", first)
+            except KeyboardInterrupt:
+                interrupted = True
+        assert interrupted == own
+        assert zoo.bit_equal(model.state_dict(), raw)
+
+
+@on(2)
+def no_room_for_a_swap_on_one_rank_is_an_error_on_all(folder, monkeypatch=pytest.MonkeyPatch):
+    model, _ = same_on_all(lambda: zoo.mlp().half())
+    average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+    average.update()
+    drift(1, model)
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    own = distributed.get_rank() == 0
+    error = torch.OutOfMemoryError if own else polyak.StateError
+    with monkeypatch.context() as patch:
+        if own:
+            patch.setattr("torch.empty_like", no_room)
+        with pytest.raises(error):
+            average.swap_in()
+    assert not average.is_swapped
+    assert zoo.bit_equal(model.state_dict(), raw)
+    with average.swapped():
+        pass
+
+
+@on(2)
+def a_tensor_of_another_shape_begins_anew_on_all(folder):
+    profile = polyak.Exponential(0.9)
+    for num_rows in (7, 9):
+        model, twin = same_on_all(lambda: nn.Sequential(nn.Embedding(8, 3), nn.Linear(3, 3)))
+        average = polyak.WeightAverage(model, profile, shard_over=distributed.group.WORLD)
+        reference = polyak.WeightAverage(twin, profile)
+        for step in range(3):
+            drift(step, model, twin)
+            average.update(), reference.update()
+        rows = torch.randn(num_rows, 3)
+        model[0].weight, twin[0].weight = nn.Parameter(rows.clone()), nn.Parameter(rows.clone())
+        average.adapt(), reference.adapt()
+        assert zoo.bit_equal(average.weights(), reference.weights())
+    model[1].weight = nn.Parameter(model[1].weight.detach().t().contiguous().t())
+    with pytest.raises(polyak.StateError, match=r"'1\.weight' lie otherwise in memory now, and would be shared along"):
+        average.adapt()
+
+
+@on(4)
+def uneven_parts_of_a_mesh_of_three_dimensions_are_shared(folder):
+    mesh = init_device_mesh("cpu", (2, 1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+    model, twin = same_on_all(lambda: nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 7)))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["replicate", "shard"])
+    average = polyak.WeightAverage(model, PROFILES, shard_over=mesh["replicate"])
+    reference = polyak.WeightAverage(twin, PROFILES)
+    for step in range(2):
+        for each in (model, twin):
+            sharded_zoo.drift(each, torch.Generator().manual_seed(step))
+        average.update(), reference.update()
+    assert zoo.bit_equal(average["ema"].weights(), reference["ema"].weights())
+    raw = sharded_zoo.whole(model)
+    with average["ema"].swapped():
+        assert zoo.bit_equal(sharded_zoo.whole(model), reference["ema"].weights())
+    assert zoo.bit_equal(sharded_zoo.whole(model), raw)

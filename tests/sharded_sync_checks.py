@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 
 import polyak
 import sharded_zoo
@@ -172,3 +173,19 @@ def parts_of_different_updates_are_not_put_together(folder):
         with pytest.raises(polyak.MismatchError, match=text):
             call()
     assert not path.exists()
+
+
+@on(4)
+def experts_over_fewer_ranks_may_have_names_of_their_own(folder):
+    mesh = mesh_of(2, 2)
+    expert = f"expert_{mesh.get_local_rank('inner')}"
+    model = nn.ModuleDict({"dense": nn.Linear(4, 4), expert: nn.Linear(4, 4)})
+    fully_shard(model[expert], mesh=mesh["outer"])
+    fully_shard(model["dense"], mesh=mesh_of(4))
+    average = polyak.WeightAverage(model)
+    average.update()
+    with average.swapped():
+        pass
+    own = distributed.get_rank() == 3
+    with pytest.raises(polyak.MismatchError, match=r"ranks average differently: .*the tensors of the model"):
+        polyak.WeightAverage(model, rules={"*.bias": "skip"} if own else {})

@@ -334,7 +334,7 @@ def test_a_store_by_itself_is_not_read_while_it_is_written(machine, here, read):
     if read == "tensors":
         found = store.tensors("average")
     elif read == "swap_in":
-        store.swap_in("average", buffers=[], aside=False)
+        store.swap_in(store.make_swap("average", buffers=[], aside=False))
         found = store.tensors("average")
     elif read == "again":
         found = store.again(entries).averages["average"]

@@ -77,6 +77,35 @@ def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
     return mine
 
 
+class Question:
+    """`any_rank`, asked once: who is interrupted while waiting asks again, and goes on to wait.
+
+    Args:
+        meshes: the ranks.
+    """
+
+    def __init__(self, meshes: Sequence[Any]) -> None:
+        self._meshes = [(mesh, dimension) for mesh in meshes for dimension in range(mesh.ndim)]
+        self._asked: list[tuple[Tensor, Any]] = []
+
+    def ask(self, mine: bool) -> bool:
+        """Whether it is so on any rank; all of them ask.
+
+        Raises:
+            StateError: a message failed.
+        """
+        for number, (mesh, dimension) in enumerate(self._meshes):
+            with messages():
+                if len(self._asked) == number:
+                    flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
+                    work = _reduce(flag, distributed.ReduceOp.MAX, mesh.get_group(dimension), waits=False)
+                    self._asked.append((flag, work))
+                flag, work = self._asked[number]
+                work.wait()
+                mine = bool(flag.item())
+        return mine
+
+
 def apart(numbers: Sequence[int], mesh: Any) -> list[int]:
     """The positions at which ranks of a mesh have different numbers, of 64 bits; each gives as many.
 
@@ -130,8 +159,8 @@ def sums_of_parts(
     return found
 
 
-def _reduce(numbers: Tensor, operation: Any, group: Any) -> None:
-    distributed.all_reduce(numbers, op=operation, group=group)  # pyright: ignore[reportUnknownMemberType]  # torch leaves it half untyped
+def _reduce(numbers: Tensor, operation: Any, group: Any, *, waits: bool = True) -> Any:
+    return cast("Any", distributed).all_reduce(numbers, op=operation, group=group, async_op=not waits)
 
 
 def _signed(number: int) -> int:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
 from polyak.clock import Clock
-from polyak.collectives import any_rank
+from polyak.collectives import Question, any_rank
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
 from polyak.profiles import Profile
@@ -34,6 +34,7 @@ class Core:
         store: where the averages are.
         live: modules whose tensors are the store's own, each with a watch that they still are.
         swapped: the name of the average that stands in the source.
+        leaving: what ranks that share averages ask each other when the swap ends.
         training_hook: the hook that keeps optimizers from training it there.
         warned: whether it was said that there was no update yet.
         nonfinite: what to do with a source that holds a NaN or an infinity.
@@ -50,6 +51,7 @@ class Core:
         default_factory=weakref.WeakKeyDictionary[nn.Module, Watch]
     )
     swapped: str | None = None
+    leaving: Question | None = None
     training_hook: RemovableHandle | None = None
     warned: bool = False
     nonfinite: NonFinite = "propagate"

@@ -29,6 +29,8 @@ class _Buffer:
         self._options: dict[str, Any] = {"dtype": dtype, "device": device}
         self._shape = (num_ranks, num_elements)
         self.kept: tuple[Tensor, Tensor] | None = None
+        # A message on its way, and what it fills: who is interrupted while waiting goes on to wait.
+        self.sending: tuple[Any, Tensor] | None = None
 
     def get(self) -> tuple[Tensor, Tensor]:
         """What is sent, and what is received: a row from each rank."""
@@ -98,17 +100,20 @@ def _rounds(parts: list[Tensor], bound: int) -> Iterator[list[Tensor]]:
 
 def _send(replicas: Replicas, buffer: _Buffer, mine: list[Tensor]) -> None:
     sent, received = buffer.get()
-    start = 0
-    for piece in mine:
-        sent[start : start + piece.numel()].copy_(piece)
-        start += piece.numel()
     with messages():
-        # On a mesh of another device than the tensors' the messages go between the devices of the mesh.
-        there = sent.to(replicas.mesh.device_type)
-        whole = received.to(replicas.mesh.device_type)
-        # As bytes, for not every backend takes every dtype.
-        bytes_there, all_bytes = there.view(torch.uint8), whole.view(torch.uint8).flatten()
-        _all_gather(all_bytes, bytes_there, group=replicas.group)
+        if buffer.sending is None:
+            start = 0
+            for piece in mine:
+                sent[start : start + piece.numel()].copy_(piece)
+                start += piece.numel()
+            # On a mesh of another device than the tensors' the messages go between the devices of the mesh.
+            there = sent.to(replicas.mesh.device_type)
+            whole = received.to(replicas.mesh.device_type)
+            # As bytes, for not every backend takes every dtype.
+            bytes_there, all_bytes = there.view(torch.uint8), whole.view(torch.uint8).flatten()
+            buffer.sending = _all_gather(all_bytes, bytes_there, group=replicas.group, async_op=True), whole
+        work, whole = buffer.sending
+        work.wait()
         if whole is not received:
             received.copy_(whole)
 
@@ -120,3 +125,4 @@ def _receive(buffer: _Buffer, pieces_of: Mapping[int, list[Tensor]]) -> None:
         for piece in pieces:
             piece.copy_(received[rank, start : start + piece.numel()])
             start += piece.numel()
+    buffer.sending = None

@@ -101,6 +101,12 @@ class Replicas:
 
     def _share_of_sharded(self, entry: Entry, there: Sharding) -> Share | None:
         ranks = distributed.get_process_group_ranks(self.group)
+        if not _is_in_order(there.mesh):
+            raise StateError(
+                f"shard_over: {entry.name!r} is sharded over a mesh of the ranks {there.mesh.mesh.tolist()}, which "
+                "torch numbers in one way where it sends messages and in another where it saves; give them in "
+                "ascending order"
+            )
         mine = [
             dimension
             for dimension in range(there.mesh.ndim)
@@ -126,7 +132,8 @@ def _mesh_of(over: Any, device_type: str) -> Any:
                 f"shard_over={over!r}: a mesh of one dimension is needed; take one of its {over.ndim}, as in "
                 f"mesh[{(over.mesh_dim_names or ('replicate',))[0]!r}]"
             )
-        mesh = over
+        # Messages come in the order of the group, which is that of the mesh where its ranks ascend.
+        mesh = over if _is_in_order(over) else DeviceMesh.from_group(over.get_group(0), over.device_type)
     elif over is distributed.GroupMember.NON_GROUP_MEMBER:
         raise StateError(f"shard_over: rank {distributed.get_rank()} is not in the process group that was given")
     elif isinstance(over, distributed.ProcessGroup):
@@ -139,6 +146,11 @@ def _mesh_of(over: Any, device_type: str) -> Any:
     if mesh.get_coordinate() is None:
         raise StateError(f"shard_over={over!r}: rank {distributed.get_rank()} is none of its ranks")
     return mesh
+
+
+def _is_in_order(mesh: Any) -> bool:
+    """Whether ranks ascend along every dimension of a mesh."""
+    return all(bool((mesh.mesh.diff(dim=dimension) > 0).all()) for dimension in range(mesh.ndim))
 
 
 def _outermost(shape: Sequence[int], stride: Sequence[int], needed: Sequence[int]) -> int | None:

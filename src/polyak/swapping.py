@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from polyak.collectives import any_rank
+from polyak.collectives import Question, all_or_none
 from polyak.core import Core
 from polyak.errors import StateError, listed
 from polyak.shards import local
@@ -38,12 +38,17 @@ def swap_in(core: Core, name: str) -> None:
         core.verify_values()
         core.warn_if_never_updated("swapped in")
     check_replicas(core, "swapped()")
+    buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
+    meshes = [] if core.store.replicas is None else core.store.meshes
+    with all_or_none(meshes, "swapped()"):
+        # It takes memory, and a rank which has none must say so before others wait for its share. A live module reads
+        # the store's tensors, which must stay averages then.
+        swap = core.store.make_swap(name, buffers=buffers, aside=len(core.live) > 0)
+    core.leaving = Question(meshes)
     core.swapped = name
     _STANDING[core.source.bare] = name
     core.training_hook = register_optimizer_step_pre_hook(_refuse_to_train({id(e.tensor) for e in core.source.entries}))
-    buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
-    # A live module reads the store's tensors, which must stay averages then.
-    core.store.swap_in(name, buffers=buffers, aside=len(core.live) > 0)
+    core.store.swap_in(swap)
     _note_changes(core)
 
 
@@ -58,7 +63,8 @@ def swap_out(core: Core) -> list[str]:
     core.source.reshard()
     try:
         changed = core.store.swap_out()
-        if core.store.replicas is not None and any_rank(len(changed) > 0, core.store.meshes) and not changed:
+        changed += _take_back_replaced(core, core.swapped)
+        if core.leaving is not None and core.leaving.ask(len(changed) > 0) and not changed:
             changed = ["parameters on another rank"]
     except StateError as error:
         raise StateError(
@@ -69,9 +75,8 @@ def swap_out(core: Core) -> list[str]:
     if core.training_hook is not None:
         core.training_hook.remove()
         core.training_hook = None
-    changed += _take_back_replaced(core, core.swapped)
     _STANDING.pop(core.source.bare, None)
-    core.swapped = None
+    core.swapped = core.leaving = None
     return changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -61,9 +61,14 @@ def check_alike(core: Core) -> None:
     if not meshes:
         return
     # Plain tensors are each rank's own business: experts of a mixture may well be others elsewhere.
-    mine = dict(_settings(core, [entry for entry in core.source.entries if entry.name in core.store.shardings]))
-    groups = [meshes[-1].get_group(dimension) for dimension in range(meshes[-1].ndim)]
-    found = [name for group in groups for name in _differences(given_by_all(mine, group))]
+    shardings = core.store.shardings
+    found: list[str] = []
+    for mesh in reversed(meshes):
+        # So are sharded ones of ranks outside of their mesh.
+        over = [e for e in core.source.entries if e.name in shardings and shardings[e.name].mesh == mesh]
+        mine = dict(_settings(core, over))
+        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        found += [name for group in groups for name in _differences(given_by_all(mine, group))]
     if any_rank(len(found) > 0, meshes):
         what = listed(dict.fromkeys(found), quoted=False) or "others than this one"
         raise MismatchError(
@@ -98,8 +103,11 @@ def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, No
 
 
 def _clock_number(core: Core) -> int:
-    state = repr((core.clock.state(), core.store.pending))
-    return int.from_bytes(hashlib.blake2b(state.encode(), digest_size=8).digest(), "big")
+    return _number((core.clock.state(), core.store.pending))
+
+
+def _number(state: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "big")
 
 
 def check_replicas(core: Core, call: str) -> None:
@@ -113,30 +121,30 @@ def check_replicas(core: Core, call: str) -> None:
     if replicas is None:
         return
     weights = {e.name: e.local for e in core.source.entries if e.is_parameter and e.action == "average"}
-    positions = apart(checksums(list(weights.values())), replicas.mesh)
+    # Messages hold numbers as they lie in memory.
+    strides = [_number(tensor.stride()) for tensor in weights.values()]
+    sums = checksums(list(weights.values()))
+    positions = apart([total ^ stride for total, stride in zip(sums, strides, strict=True)], replicas.mesh)
     found = [list(weights)[position] for position in positions]
     if any_rank(len(found) > 0, core.store.meshes):
         raise MismatchError(
             f"{call}: ranks that share averages have different {listed(found) or 'weights, others than this one'}. "
             "Each takes what the others have for its own, so nothing was written. They must start from the same "
-            "weights, as DistributedDataParallel makes them, and make the same steps"
+            "weights, in the same order in memory, as DistributedDataParallel makes them, and make the same steps"
         )
 
 
-def _settings(core: Core, entries: Iterable[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
+def _settings(core: Core, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
     """What all ranks must have alike."""
     store = core.store
     shared = store.shared
-    kinds = [
-        (e.name, e.aliases, e.action, str(e.dtype), tuple(e.shape), e.local.stride() if e.name in shared else ())
-        for e in entries
-    ]
+    kinds = [(e.name, e.aliases, e.action, str(e.dtype), tuple(e.shape)) for e in entries]
     yield "the tensors of the model, or rules=", ("", repr(kinds))
     yield "the profiles", ("", repr(core.profiles))
     yield "every= or start=", ("", repr((core.clock.every, core.clock.start)))
     yield "dtype=, compensated= or seed=", ("", repr(store.modes))
     yield "nonfinite=", ("", repr(core.nonfinite))
-    yield "shard_over=", ("", repr(sorted(shared)))
+    yield "shard_over=", ("", repr(sorted(e.name for e in entries if e.name in shared)))
 
 
 def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str]]]:

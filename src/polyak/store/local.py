@@ -15,7 +15,7 @@ from polyak.entries import Entry
 from polyak.errors import StateError, listed
 from polyak.gathering import gathering
 from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, is_dense
-from polyak.replicas import Replicas
+from polyak.replicas import Replicas, Share
 from polyak.store.guard import Guard
 from polyak.store.host import Host
 from polyak.store.modes import Modes
@@ -109,12 +109,22 @@ class LocalStore:
                 f"{listed(moved)} lie otherwise over the ranks than their averages: make the average after the model "
                 "is sharded, or save its state by torch.distributed.checkpoint and load it into a new one"
             )
-        self.catch_up()
         replicas = None if self.replicas is None else Replicas(self.replicas.over, entries)
+        shared = {} if self.replicas is None else self.replicas.shares
+        anew = {} if replicas is None else replicas.shares
+        # Of another whole the share may have the same shape.
+        other = {name for name in shared.keys() | anew.keys() if not _is_one_whole(shared.get(name), anew.get(name))}
+        cut = [name for name in shared.keys() & anew.keys() - other if shared[name].dimension != anew[name].dimension]
+        if cut:
+            raise StateError(
+                f"{listed(cut)} lie otherwise in memory now, and would be shared along another dimension; save the "
+                "average's state by torch.distributed.checkpoint and load it into a new one"
+            )
+        self.catch_up()
         store = LocalStore(entries, self.averages, modes=self.modes, device=self._device, replicas=replicas)
         for profile, averages in store.averages.items():
             for name, tensor in averages.items():
-                kept = self.averages[profile].get(name)
+                kept = None if name in other else self.averages[profile].get(name)
                 if kept is not None and kept.shape == tensor.shape and kept.dtype == tensor.dtype:
                     tensor.copy_(kept)
                     if name in store.seconds[profile]:
@@ -296,8 +306,8 @@ class LocalStore:
         names = list(self.names)
         return [names[i] for i in self._finite_test.find()]
 
-    def swap_in(self, profile: str, *, buffers: Iterable[str], aside: bool) -> None:
-        """Puts the average of a profile into the source, in place.
+    def make_swap(self, profile: str, *, buffers: Iterable[str], aside: bool) -> Swap:
+        """The swap that puts the average of a profile into the source, in place; so far nothing is written.
 
         Args:
             profile: whose average.
@@ -313,7 +323,11 @@ class LocalStore:
             whole = Whole(self.shared, partial(gathering, self.replicas)) if self.replicas is not None else None
             # A swap on the host takes no memory of the accelerator: a staging set is free as long as it lasts.
             room = {} if self._host is None else self._host.room
-            self.swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
+            return Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
+
+    def swap_in(self, swap: Swap) -> None:
+        """Does what `make_swap` has made."""
+        self.swap = swap
         self.swap.enter()
 
     def swap_out(self) -> list[str]:
@@ -359,3 +373,7 @@ class LocalStore:
             self.averages[profile][name] = tensors[name]
         for name in self.copies.keys() & tensors.keys():
             self.copies[name] = tensors[name]
+
+
+def _is_one_whole(one: Share | None, other: Share | None) -> bool:
+    return one is not None and other is not None and one.sharding.shape == other.sharding.shape
