@@ -42,6 +42,7 @@ class Odd(nn.Module):
         self.scalar = nn.Parameter(torch.tensor(2.0))
         self.empty = nn.Parameter(torch.empty(0, 4))
         self.transposed = nn.Parameter(torch.randn(6, 7).t())
+        self.gaps = nn.Parameter(torch.randn(6, 8)[:, ::2])
         self.bfloat = nn.Parameter(torch.randn(9, 4).bfloat16())
         self.short = nn.Parameter(torch.randn(8).half())
         self.wide = nn.Parameter(torch.randn(4, 4).double())

@@ -96,7 +96,9 @@ class Replicas:
         dimension = _outermost(entry.shape, entry.local.stride(), [self.size] * len(entry.shape))
         if dimension is None:
             return None
-        sharding = Sharding(self.mesh, (Shard(dimension),), entry.shape, entry.local.stride())
+        # As an average lies that is not shared, which has no gaps: noise is counted by places in memory.
+        stride = torch.empty_like(entry.local, device="meta").stride()
+        sharding = Sharding(self.mesh, (Shard(dimension),), entry.shape, stride)
         return Share(sharding, dimension, _chunks(entry.shape[dimension], self.size), self.rank)
 
     def _share_of_sharded(self, entry: Entry, there: Sharding) -> Share | None:
