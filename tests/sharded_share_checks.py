@@ -266,8 +266,13 @@ def ranks_that_are_apart_are_told_before_anything_is_written(folder):
     average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
     average.update()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(polyak.MismatchError, match=r"swapped\(\): .* different '2.bias'\. .*nothing was written"):
-        _with(model[2].bias, 1.0 * own, average.swap_in)
+    path = folder / "apart.safetensors"
+    calls = {"swapped": average.swap_in, "weights": average.weights, "export": lambda: average.export(path)}
+    calls |= {"module": average.module, "copy_to": average.write_back, "report": average.report}
+    for name, call in calls.items():
+        with pytest.raises(polyak.MismatchError, match=rf"{name}\(.*\): .* different '2.bias'\. .*nothing was written"):
+            _with(model[2].bias, 1.0 * own, call)
+    assert not path.exists()
     assert zoo.bit_equal(model.state_dict(), kept)
     with pytest.raises(polyak.MismatchError, match=r"apart: 2.bias of the model: ranks 0, 1, 3 against 2\."):
         _with(model[2].bias, 1.0 * own, average.check_in_sync)

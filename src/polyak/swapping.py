@@ -16,7 +16,7 @@ from polyak.collectives import Question, all_or_none
 from polyak.core import Core
 from polyak.errors import StateError, listed
 from polyak.shards import local
-from polyak.syncing import check_replicas, together
+from polyak.syncing import together
 
 # Models in which an average stands. Other averagers of the same model must know, or they would average an average.
 _STANDING: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
@@ -37,7 +37,6 @@ def swap_in(core: Core, name: str) -> None:
     with together(core, "swapped()", sends=core.store.replicas is not None):
         core.verify_values()
         core.warn_if_never_updated("swapped in")
-    check_replicas(core, "swapped()")
     buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
     meshes = [] if core.store.replicas is None else core.store.meshes
     with all_or_none(meshes, "swapped()"):

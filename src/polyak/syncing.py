@@ -89,7 +89,7 @@ def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, No
 
     Raises:
         StateError: another rank raised an error, or is lost.
-        MismatchError: ranks have made different updates.
+        MismatchError: ranks have made different updates, or share averages and have other weights.
     """
     meshes = core.store.meshes if sends else []
     with all_or_none(meshes, call):
@@ -100,6 +100,8 @@ def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, No
             f"{core.clock.time:g}, so that their parts do not belong together. Nothing was written. Every rank must "
             "make the same calls"
         )
+    if sends:
+        check_replicas(core, call)
 
 
 def _clock_number(core: Core) -> int:
