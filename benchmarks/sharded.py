@@ -52,16 +52,16 @@ class Measured:
     most_bytes: float
 
 
-def measured(comparison: Comparison, shape: str, found: Sequence[dict[str, Any]]) -> Measured:
-    """From what each rank found."""
+def measured(comparison: Comparison, shape: str, found: Sequence[dict[str, Any]], *, ranks: int) -> Measured:
+    """From what each rank found, of one start or of several."""
     own, other = (spread([time for rank in found for time in rank[side]]) for side in ("own", "other"))
     own_bytes, other_bytes = (max(rank[f"{side}_bytes"] for rank in found) for side in ("own", "other"))
-    share = 1 / len(found) if comparison.divided else 1.0
+    share = 1 / ranks if comparison.divided else 1.0
     return Measured(
         comparison.title,
         shape,
-        len(found),
-        len(found[0]["own"]),
+        ranks,
+        len(found[0]["own"]) * len(found) // ranks,
         own,
         other,
         own.median / (other.median * share),
@@ -125,14 +125,19 @@ def time_both(comparison: Comparison, shape: Shape, device: torch.device, rounds
     }
 
 
-def measure(ranks: int, shapes: Sequence[str], rounds: int | None = None) -> list[Measured]:
+def measure(ranks: int, shapes: Sequence[str], rounds: int | None = None, *, starts: int = 1) -> list[Measured]:
+    """Times all comparisons on these models; where memory happens to lie is another matter in each of the starts."""
     jobs = [(comparison.name, shape) for shape in shapes for comparison in COMPARISONS]
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(run_rank, (ranks, jobs, rounds, folder), nprocs=ranks)
-        by_rank = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(ranks)]
-    rows = [named(*job) for job in jobs]
+    found: list[list[dict[str, Any]]] = [[] for _ in jobs]
+    for _ in range(starts):
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(run_rank, (ranks, jobs, rounds, folder), nprocs=ranks)
+            for rank in range(ranks):
+                for job, row in enumerate(json.loads((Path(folder) / f"{rank}.json").read_text())):
+                    found[job].append(row)
     return [
-        measured(comparison, shape.title, found) for (comparison, shape), *found in zip(rows, *by_rank, strict=True)
+        measured(comparison, shape.title, rows, ranks=ranks)
+        for (comparison, shape), rows in zip((named(*job) for job in jobs), found, strict=True)
     ]
 
 
@@ -157,8 +162,9 @@ def table(rows: Sequence[Measured]) -> Table:
             for row in rows
         ],
         num_text=2,
-        note="The two take turns in the same processes, and all ranks begin each update together. A ratio is of the "
-        "first to the other, or to the N-th part of the other where N ranks share what the other keeps whole.",
+        note="The two take turns in the same processes, which were started anew several times, and all ranks begin "
+        "each update together. A ratio is of the first to the other, or to the N-th part of the other where N ranks "
+        "share what the other keeps whole.",
     )
 
 
@@ -166,6 +172,7 @@ def main(
     ranks: Annotated[int, typer.Option(min=2, help="Processes; with several GPUs at most one each.")] = 4,
     shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2.")] = "",
     rounds: Annotated[int | None, typer.Option(min=2, help="For every shape, instead of its own number.")] = None,
+    starts: Annotated[int, typer.Option(min=1, help="How often to begin with new processes.")] = 3,
     write: Annotated[bool, typer.Option(help="Also write it to benchmarks/results/.")] = False,
 ) -> None:
     """Time updates of averages on several ranks."""
@@ -176,7 +183,7 @@ def main(
     ranks = min(ranks, num_gpus) if device == "cuda" else ranks
     about = {**machine.describe(device), "ranks": str(ranks)}
     about["threads"] = f"{num_threads(ranks)} a rank"
-    found = measure(ranks, shapes.split(",") if shapes else TIMED, rounds)
+    found = measure(ranks, shapes.split(",") if shapes else TIMED, rounds, starts=starts)
     shown = table(found)
     console = Console(width=150)
     console.print(shown.rich())

@@ -321,11 +321,14 @@ def test_sharded_ratios_are_of_the_share_that_a_rank_has():
         {"own": [2.0, 3.0], "other": [4.0, 6.0], "own_bytes": 12, "other_bytes": 40},
     ]
     fsdp2, divided = (
-        sharded.measured(row, "it", ranks) for row in sorted(shardings.COMPARISONS, key=lambda row: row.divided)
+        sharded.measured(row, "it", ranks, ranks=2)
+        for row in sorted(shardings.COMPARISONS, key=lambda row: row.divided)
     )
     assert (fsdp2.time_ratio, fsdp2.bytes_ratio) == (0.4, 0.3)
     assert (divided.time_ratio, divided.bytes_ratio) == (0.8, 0.6)
     assert (divided.ranks, divided.rounds) == (2, 2)
+    again = sharded.measured(shardings.COMPARISONS[0], "it", [*ranks, *ranks], ranks=2)
+    assert (again.ranks, again.rounds) == (2, 4)
     cells = [cell for line in sharded.table([fsdp2, divided]).rows for cell in line]
     assert cells.count("pass, <= 1.2") == 2
 
@@ -357,7 +360,7 @@ def test_averages_on_ranks_are_compared_and_checked(monkeypatch):
 def test_updates_on_two_ranks_are_timed_and_end_as_the_same_numbers():
     found = sharded.measure(2, ["small"], rounds=2)
     assert {row.what for row in found} == {row.title for row in shardings.COMPARISONS}
-    assert all(row.time.median > 0 and row.ranks == 2 for row in found)
+    assert all(row.time.median > 0 and (row.ranks, row.rounds) == (2, 2) for row in found)
     assert found[0].bytes_ratio == 1.0
     assert found[0].num_bytes == 1000 * 32 * 32 * 4 // 2
 
