@@ -4,6 +4,7 @@ It starts the ranks itself, as processes of this machine. In each of them two av
 machine does besides hits both: that of a sharded model, and that of a plain model which consists of the same parts.
 """
 
+import gc
 import json
 import os
 import tempfile
@@ -93,6 +94,8 @@ def run_rank(rank: int, ranks: int, jobs: Sequence[tuple[str, str]], rounds: int
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     distributed.barrier()
     distributed.destroy_process_group()
+    # A thread of the process group that gives back what was sent last, when Python has ended, would abort the process.
+    gc.collect()
 
 
 def named(comparison: str, shape: str) -> tuple[Comparison, Shape]:

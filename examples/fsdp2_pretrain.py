@@ -9,6 +9,7 @@ that comes with Python. The learning rate stays high, as it does through most of
 keep jumping about; see what their averages are worth meanwhile.
 """
 
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -226,7 +227,11 @@ def main(
     path = output / f"{EXPORTED}.safetensors"
     training.average[EXPORTED].export(path)  # every rank takes part, one writes
     console.print(f"{path}: the average {EXPORTED!r}, whole")
+    # A thread of the process group that gives back what was sent last, when Python has ended, would abort the process.
+    distributed.barrier()
     distributed.destroy_process_group()
+    del training
+    gc.collect()
 
 
 if __name__ == "__main__":
