@@ -13,17 +13,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import polyak
 from benchmarks import machine
-from benchmarks.rates import GIBIBYTE
+from benchmarks.language import STEP, Size, Training
+from benchmarks.rates import PCIE
 from benchmarks.results import FOLDER, markdown, write_files
 from benchmarks.table import Table, digits, mark
 from benchmarks.timing import Spread, spread
@@ -31,82 +31,19 @@ from polyak.store import local
 from polyak.store.host import NUM_SETS
 from polyak.store.transfer import PlainCopies
 
-STEP, WORKER = "training step", "polyak: update on the host"
+WORKER = "polyak: update on the host"
 MOST_TIMES_AS_LONG = 1.02
 LEAST_OF_RATE = 0.85
 
+GIBIBYTE = 1 << 30
+
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Size:
-    """A language model and its steps."""
-
-    width: int
-    layers: int
-    heads: int
-    vocabulary: int
-    batch: int
-    length: int
-    dtype: torch.dtype
-    turns: int
-    steps: int  # of a turn
 
 
 SIZES = {
     "cuda": Size(2048, 20, 16, 32_000, 8, 2048, torch.bfloat16, turns=6, steps=10),
     "cpu": Size(512, 4, 8, 4_000, 4, 128, torch.float32, turns=8, steps=4),
 }
-
-
-class Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.first_norm, self.second_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        batch, length, width = inputs.shape
-        mixed = self.attention(self.first_norm(inputs)).view(batch, length, 3, self.heads, -1)
-        query, key, value = (each.transpose(1, 2) for each in mixed.unbind(2))
-        seen = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
-        inputs = inputs + self.project(seen.transpose(1, 2).reshape(batch, length, width))
-        return inputs + self.down(nn.functional.gelu(self.up(self.second_norm(inputs))))
-
-
-class LanguageModel(nn.Module):
-    def __init__(self, size: Size) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(size.vocabulary, size.width)
-        self.blocks = nn.Sequential(*(Block(size.width, size.heads) for _ in range(size.layers)))
-        self.norm = nn.LayerNorm(size.width)
-        self.head = nn.Linear(size.width, size.vocabulary, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.norm(self.blocks(self.embedding(tokens))))
-
-
-class Training:
-    def __init__(self, size: Size, device: torch.device) -> None:
-        torch.manual_seed(0)
-        with device:
-            self.model = LanguageModel(size).to(size.dtype)
-            self._tokens = torch.randint(0, size.vocabulary, (size.batch, size.length + 1))
-        self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def step(self) -> None:
-        with record_function(STEP):
-            found = self.model(self._tokens[:, :-1])
-            nn.functional.cross_entropy(found.flatten(0, 1), self._tokens[:, 1:].flatten()).backward()
-            self._optimizer.step()
-            self._optimizer.zero_grad()
 
 
 @dataclass(frozen=True)
@@ -133,6 +70,12 @@ class HostResult:
     @property
     def of_rate(self) -> float | None:
         return None if self.reference_rate is None or self.idle_rate is None else self.idle_rate / self.reference_rate
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As it is kept, with the rate of the copies by the name that estimates look for: beside a training if seen."""
+        rate = self.training_rate or self.idle_rate
+        return {**asdict(self), **({PCIE: rate * GIBIBYTE} if rate else {})}
 
 
 @contextmanager
@@ -306,7 +249,7 @@ def write(found: HostResult, device: str, folder: Path = FOLDER) -> list[Path]:
     about = machine.describe(device)
     stem = f"host-cpu-{about['threads']}-threads" if device == "cpu" else f"host-{device}"
     text = markdown(about, [table(found, device)], None)
-    return write_files(stem, {"machine": about, "host": asdict(found)}, text, folder)
+    return write_files(stem, {"machine": about, "host": found.record}, text, folder)
 
 
 def main(

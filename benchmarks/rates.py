@@ -1,7 +1,7 @@
 """How many bytes a second were measured on which machine, from what stands in `benchmarks/results/`.
 
-A rate is whatever a record holds under a key that ends in `_bytes_per_second`, at any depth, what follows from times
-of updates, and that of copies to the host. So a benchmark that stores a new one need not be known here.
+A rate is whatever a record holds under a key that ends in `_bytes_per_second`, at any depth, and what follows from
+times of updates. So a benchmark that stores a new one need not be known here.
 """
 
 import json
@@ -14,7 +14,6 @@ from benchmarks.results import FOLDER
 from benchmarks.suites import SUITES, Suite
 
 PCIE = "pcie_bytes_per_second"  # from one GPU to pinned memory of the host
-GIBIBYTE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def machines(folder: Path = FOLDER) -> list[Machine]:
 
 def rates_of(record: dict[str, Any]) -> dict[str, float]:
     """All rates of one record, by name; of updates that of the model with most parameters, which no cache holds."""
-    rates = {**_copy_rate(record.get("host") or {}), **dict(_named_rates(record))}
+    rates = dict(_named_rates(record))
     by_title = {suite.title: suite for suite in SUITES}
     for update in sorted(record.get("updates", []), key=lambda update: update["parameters"]):
         suite = by_title[update["averages"]]
@@ -54,12 +53,6 @@ def rates_of(record: dict[str, Any]) -> dict[str, float]:
             num_bytes = update["parameters"] * suite.bytes_per_parameter
             rates[update_rate(update["device"], suite)] = num_bytes / (own["median"] / 1e3)
     return rates
-
-
-def _copy_rate(host: dict[str, Any]) -> dict[str, float]:
-    """What `benchmarks.host` has in GiB a second, beside a training where that was seen; nothing without a GPU."""
-    rate = host.get("training_rate") or host.get("idle_rate")
-    return {PCIE: rate * GIBIBYTE} if rate else {}
 
 
 def _named_rates(node: Any) -> Iterator[tuple[str, float]]:

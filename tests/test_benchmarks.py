@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 
-from benchmarks import account, host, inspect_large, ours, peers, sharded, shardings
+from benchmarks import account, host, inspect_large, language, ours, peers, sharded, shardings
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -404,7 +404,7 @@ def test_what_two_lists_of_intervals_share():
 
 
 def test_an_average_beside_a_training_is_measured(tmp_path):
-    size = host.Size(32, 1, 2, 50, 2, 8, torch.float32, turns=2, steps=2)
+    size = language.Size(32, 1, 2, 50, 2, 8, torch.float32, turns=2, steps=2)
     found = host.measure(size, torch.device("cpu"))
     assert (found.steps, found.parameters) == (4, 50 * 32 + 2 * 32 + 12 * 32**2 + 13 * 32)
     assert 0 < found.updates <= 4

@@ -1,5 +1,6 @@
 """What is said about averages of large models: formulas are what small models take, and the page has what they give."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 from torch import distributed, nn
 
 import polyak
-from benchmarks import rates, sizing
+from benchmarks import host, rates, sizing
 from benchmarks.suites import COMPENSATED, FLOAT32, MIXED, SUITES
+from benchmarks.timing import Spread
 
 
 @pytest.mark.parametrize("suite", sizing.MODES, ids=lambda suite: suite.name)
@@ -114,11 +116,14 @@ def test_rates_are_found_by_name_and_those_of_a_machine_together(tmp_path):
     assert other.rates == {}
 
 
-def test_the_rate_of_copies_is_the_one_beside_a_training():
-    seen = {"idle_rate": 3.0, "training_rate": 2.0, "reference_rate": 4.0}
-    assert rates.rates_of(record({}, host=seen)) == {rates.PCIE: 2 * 2**30}
-    assert rates.rates_of(record({}, host={**seen, "training_rate": None})) == {rates.PCIE: 3 * 2**30}
-    assert rates.rates_of(record({}, host=dict.fromkeys(seen))) == {}
+def test_the_rate_of_copies_is_the_one_beside_a_training(tmp_path):
+    time = Spread(1.0, 1.0, 1.0)
+    found = host.HostResult(1, time, time, time, 10, 10, 5.0, 0.9, 2, 4.0, idle_rate=3.0, training_rate=2.0)
+    idle = dataclasses.replace(found, training_rate=None)
+    nowhere = dataclasses.replace(idle, idle_rate=None)
+    for each, expected in [(found, {rates.PCIE: 2 * 2**30}), (idle, {rates.PCIE: 3 * 2**30}), (nowhere, {})]:
+        path, _ = host.write(each, "cpu", tmp_path)
+        assert rates.rates_of(json.loads(path.read_text())) == expected
 
 
 def test_a_rate_that_was_not_measured_leaves_its_cell_empty():
