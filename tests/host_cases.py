@@ -1,11 +1,13 @@
 """Averages that a worker updates, on machines without an accelerator: the same engine, with plain copies."""
 
 import contextlib
+import copy
 import threading
 
 import torch
 
 import polyak
+import zoo
 from polyak.store.transfer import PlainCopies, Staging
 
 PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
@@ -16,6 +18,33 @@ SECONDS = 20  # until a test that hangs fails
 def weights(average):
     """All averages by profile and name, on the host."""
     return {f"{name}/{key}": t.cpu() for name in average.profiles for key, t in average[name].weights().items()}
+
+
+def pair(here, make=zoo.batchnorm, profile=PROFILES, **options):
+    """A model with an average that a worker updates, and a twin with the one that it must equal."""
+    torch.manual_seed(0)
+    model = make()
+    twin = copy.deepcopy(model)
+    average = polyak.WeightAverage(model, profile, device="cpu", **options)
+    assert average._core.store.num_staging_bytes > 0
+    right = here(twin, profile, **options)
+    assert right._core.store.num_staging_bytes == 0
+    return model, average, twin, right
+
+
+def drift(*models, seed):
+    for model in models:
+        zoo.drift(model, torch.Generator().manual_seed(seed))
+
+
+def assert_same(one, other):
+    assert zoo.bit_equal(weights(one), weights(other))
+    first, second = (each.state_dict() for each in (one, other))
+    assert (first["clock"], first["pending"]) == (second["clock"], second["pending"])
+    for kind in ("averages", "seconds"):
+        for key, by_profile in first.get(kind, {}).items():
+            for name, tensors in by_profile.items():
+                assert zoo.bit_equal(tensors, second[kind][key][name]), (kind, name)
 
 
 class Held:
