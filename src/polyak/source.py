@@ -31,7 +31,7 @@ class Watch:
     each module. It holds the model's parts, but not the model itself. What the thorough check sees and this one does
     not: another shape or other strides at the same address, as of `parameter.data = parameter.data.t()`, another tensor
     object in the same memory, other names, and other dictionaries in place of a module's own. Of a DTensor it
-    looks at the object itself and at the address of its local part.
+    looks at the address of its local part.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,6 +42,7 @@ class Watch:
         self._empty: list[dict[str, Any]] = [module._modules for module in modules if not module._modules]
         self._full: list[dict[str, Any]] = []
         self._gaps: list[dict[str, Any]] = []
+        self._sharded: list[dict[str, Any]] = []
         self._others: list[dict[str, Any]] = []
         for holder in (holder for module in modules for holder in (module._parameters, module._buffers)):
             self._list_for(holder).append(holder)
@@ -49,11 +50,14 @@ class Watch:
         self._other_tensors = [t for t in self._other_values if isinstance(t, Tensor) and is_plain(t)]
         self._shards = [t for t in self._other_values if isinstance(t, Tensor) and is_sharded(t)]
         # Strong references: an address may be given to another tensor after its own is gone.
-        self._held = [*_values(chain(self._full, self._gaps, self._others)), *map(_LOCAL, self._shards)]
+        locals_ = map(_LOCAL, chain(_values(self._sharded), self._shards))
+        self._held = [*_values(chain(self._full, self._gaps, self._sharded, self._others)), *locals_]
         self._addresses = self._find_addresses()
 
     def _list_for(self, holder: dict[str, Any]) -> list[dict[str, Any]]:
         found = [value for value in holder.values() if value is not None]
+        if holder and all(map(is_sharded, holder.values())):
+            return self._sharded
         if not all(map(is_plain, found)):
             return self._others
         if len(found) < len(holder):
@@ -62,7 +66,8 @@ class Watch:
 
     def _find_addresses(self) -> list[int]:
         tensors = chain(_values(self._full), filter(_IS_SOMETHING, _values(self._gaps)), self._other_tensors)
-        return list(map(Tensor.data_ptr, chain(tensors, map(_LOCAL, self._shards))))
+        shards = map(_LOCAL, chain(_values(self._sharded), self._shards))
+        return list(map(Tensor.data_ptr, chain(tensors, shards)))
 
     def is_current(self) -> bool:
         """Whether nothing was added, removed or replaced."""
@@ -73,7 +78,7 @@ class Watch:
                 and self._find_addresses() == self._addresses
                 and _same(self._others, self._other_values)
             )
-        except (RuntimeError, TypeError):
+        except (AttributeError, RuntimeError, TypeError):
             return False  # something without an address took a tensor's place
 
 
