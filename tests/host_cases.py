@@ -61,6 +61,9 @@ class Held:
 
         threading.Thread(target=run).start()
 
+    def is_made(self):
+        return self._done.is_set()
+
     def wait(self):
         assert self._done.wait(SECONDS)
 
@@ -75,6 +78,9 @@ class Slow:
     def __init__(self, make, gate, holds):
         make()
         self._gate = gate
+
+    def is_made(self):
+        return True
 
     def wait(self):
         assert self._gate.wait(SECONDS)

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import random
+import threading
 import time
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 import polyak
 import test_table
 import zoo
-from host_cases import MODES, PROFILES, SECONDS, Slow, assert_same, drift, pair, weights
+from host_cases import MODES, PROFILES, SECONDS, Held, Slow, assert_same, drift, pair, weights
 from polyak.store import host, local
 from test_memory import peak_memory
 
@@ -85,6 +86,26 @@ def test_there_are_two_sets_and_never_more(machine, here):
     assert len(machine.sets) == 2
     assert average.num_updates == 2
     assert average.report().num_skipped == 4
+    assert zoo.bit_equal(average.weights(), right.weights())
+
+
+@pytest.mark.protects
+def test_where_the_accelerator_is_behind_every_update_is_made(machine, here):
+    """As where Python launches steps that are far from being computed; the host has time enough for all of them."""
+    model, average, twin, right = pair(here, zoo.mlp, polyak.Exponential(0.9))
+    machine.copied = Held
+    for step in range(3):
+        machine.gate.clear()
+        for _ in range(2):
+            average.update(), right.update()
+        assert not machine.gate.is_set()
+        threading.Timer(0.1, machine.gate.set).start()
+        average.update(), right.update()
+        assert machine.gate.is_set()
+        average.wait()
+        drift(model, twin, seed=step)
+    assert average.num_updates == 9
+    assert len(machine.sets) == 2
     assert zoo.bit_equal(average.weights(), right.weights())
 
 

@@ -180,6 +180,9 @@ def test_what_is_left_out_after_an_error_waits_for_its_copy(machine, here, monke
         def __init__(self, make, gate, holds):
             pass
 
+        def is_made(self):
+            return True
+
         def wait(self):
             assert second.wait(SECONDS)
             waited.append(True)

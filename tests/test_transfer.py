@@ -59,6 +59,7 @@ class Stream:
 
 class Event:
     number = None
+    is_over = False
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
@@ -66,6 +67,9 @@ class Event:
     def record(self, stream):
         self.number = sum("records" in line for line in self.accelerator.log)
         self.accelerator.log.append(f"{stream.name} records {self.number}")
+
+    def query(self):
+        return self.is_over
 
     def synchronize(self):
         assert self.accelerator.on == torch.device("cpu")
@@ -175,6 +179,9 @@ def test_copies_are_in_order_with_the_training(accelerator):
     copied.hold()
     copied.wait()
     assert accelerator.log == ["training waits for event 0", "the host waits for event 0"]
+    assert not copied.is_made()
+    event.event.is_over = True
+    assert copied.is_made()
 
 
 def test_copies_of_which_not_all_were_begun_are_waited_for(accelerator, monkeypatch):

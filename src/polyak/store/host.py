@@ -1,9 +1,10 @@
 """Averages on the host of a model that is elsewhere: updated by a worker, beside the training.
 
 The sources are copied into one of two sets of host memory, and a worker updates the averages from it. Where both sets
-are still in use the host is too slow for an update at each step: then the update is left to a later one, which applies
-the growth of both. So there is no queue that grows, and no step waits for the host; but where several processes train
-together, it waits for a set, because ranks of which each leaves out what it cannot do would have different averages.
+are still in use, though one is copied, the host is too slow for an update at each step: then the update is left to a
+later one, which applies the growth of both. So there is no queue that grows, and no step waits for the host. Where none
+is copied it is the accelerator that is behind, and the thread that drives it waits, two updates ahead. It waits as well
+where several processes train together: ranks of which each leaves out what it cannot do would have different averages.
 """
 
 from __future__ import annotations
@@ -67,20 +68,20 @@ class Host:
         _watch_optimizers()
 
     def submit(self, step: Step) -> bool:
-        """Begins an update; False where both sets are in use, and this process is alone: then nothing has happened.
+        """Begins an update; False where the host is behind, and this process is alone: then nothing has happened.
 
         Raises:
             StateError: an earlier update failed.
         """
         self.check()
         free = self._find_free()
-        if free is None and not is_alone():
+        if free is None and not (is_alone() and any(each.is_copied for each in self._sets)):
             wait(list(self._under_way()), return_when=FIRST_COMPLETED)
             free = self._find_free()
         if free is None:
             return False
         with record_function("polyak: stage"):
-            self._copied = free.staging.start()
+            self._copied = free.copied = free.staging.start()
         try:
             free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
         except BaseException:
@@ -131,6 +132,7 @@ class _Set:
     ) -> None:
         self.staging = staging
         self.plan = Plan([replace(row, source=staging.tensors[row.name]) for row in rows], seed=seed, note=note)
+        self.copied: Copied | None = None
         self.done: Future[None] | None = None
         self._copying = Copies(list(copies.values()), [staging.tensors[name] for name in copies])
         self._finite_test: FiniteTest | None = None
@@ -138,6 +140,10 @@ class _Set:
     @property
     def is_free(self) -> bool:
         return self.done is None or self.done.done()
+
+    @property
+    def is_copied(self) -> bool:
+        return self.copied is None or self.copied.is_made()
 
     def non_finite(self) -> list[str]:
         if self._finite_test is None:

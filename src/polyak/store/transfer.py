@@ -26,6 +26,10 @@ _SMALL_BYTES = 1 << 20
 class Copied(Protocol):
     """One copy of all sources that was begun."""
 
+    def is_made(self) -> bool:
+        """Whether it is done; waits for nothing."""
+        ...
+
     def wait(self) -> None:
         """Returns when it is done."""
         ...
@@ -144,6 +148,9 @@ class _Event:
 @dataclass(frozen=True)
 class _Events:
     events: Sequence[_Event]
+
+    def is_made(self) -> bool:
+        return all(each.event.query() for each in self.events)
 
     def wait(self) -> None:
         for each in self.events:
