@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 import polyak
 import sharded_zoo
 import zoo
+from polyak.shards import local
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard, train
 
@@ -195,3 +196,57 @@ def whole_states_are_cut_and_other_layouts_refused(folder):
         other.load_state_dict(average.state_dict())
     with pytest.raises(polyak.MismatchError, match=r"\(4,\) ranks, and not sharded here"):
         twin.load_state_dict(average.state_dict())
+
+
+def _partly_frozen(prepare):
+    model, _ = make()
+    model.first.requires_grad_(False)
+    return model, polyak.WeightAverage(model, PROFILES, **prepare(model))
+
+
+def _moved(model, average):
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if not name.startswith("first"):
+                tensor.add_(1)
+    average.update()
+
+
+@on(4)
+def frozen_parameters_are_saved_by_four(folder):
+    model, average = _partly_frozen(lambda model: [shard(model), {}][1])
+    _moved(model, average)
+    checkpoint.save({"average": average}, checkpoint_id=folder / "frozen")
+    whole, other = _partly_frozen(lambda model: {})
+    _moved(whole, other)
+    assert other.state_dict()["frozen"]["first.weight"]
+    assert zoo.bit_equal(average["ema"].weights(), other["ema"].weights())
+    # A whole state knows the sums of whole parameters, which parts have not.
+    average.load_state_dict(other.state_dict())
+    average.state_dict()
+    if distributed.get_rank() == 0:
+        torch.save(other["ema"].weights(), folder / "frozen.pt")
+
+
+def _resume_frozen(folder, prepare):
+    model, average = _partly_frozen(prepare)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the average is saved after 0 updates")
+        checkpoint.load({"average": average}, checkpoint_id=folder / "frozen")
+    assert zoo.bit_equal(average["ema"].weights(), torch.load(folder / "frozen.pt"))
+    checkpoint.save({"average": average}, checkpoint_id=folder / f"frozen-{distributed.get_world_size()}")
+    checkpoint.load({"average": average}, checkpoint_id=folder / f"frozen-{distributed.get_world_size()}")
+    with torch.no_grad():
+        local(model.first.bias).add_(1)
+    with pytest.raises(polyak.StateError, match=r"'first\.bias' is frozen"):
+        average.state_dict()
+
+
+@on(2)
+def frozen_parameters_are_loaded_by_two_that_share(folder):
+    _resume_frozen(folder, lambda model: {"shard_over": distributed.group.WORLD})
+
+
+@on(1)
+def frozen_parameters_are_loaded_by_one_process_without_shards(folder):
+    _resume_frozen(folder, lambda model: {})

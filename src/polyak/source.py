@@ -167,15 +167,18 @@ class Source:
         return self.flat_rank is not None or is_sharded(self._frozen[name])
 
     @property
-    def saved_sums(self) -> dict[str, int]:
-        """The sums of frozen parameters that are the same on every rank, and after resharding."""
-        return {name: total for name, total in self.frozen_sums.items() if not self._is_spread(name)}
+    def saved_sums(self) -> dict[str, int | None]:
+        """The sums of frozen parameters that are the same on every rank, and after resharding; None for others.
 
-    def resume_sums(self, saved: Mapping[str, int]) -> None:
+        All are named, so that a state has the same keys however the model lies over the ranks.
+        """
+        return {name: None if self._is_spread(name) else self.frozen_sums.get(name) for name in self._frozen}
+
+    def resume_sums(self, saved: Mapping[str, int | None]) -> None:
         """Takes over the sums that were saved; those of sharded parameters are what is found when looked at next."""
-        known = self.frozen_sums
+        known = {name: saved.get(name, self.frozen_sums.get(name)) for name in self._frozen}
         self.frozen_sums = {
-            name: saved.get(name, known[name]) for name in known if name in saved or not self._is_spread(name)
+            name: total for name, total in known.items() if total is not None and not self._is_spread(name)
         }
 
     def check_frozen(self) -> None:

@@ -2,7 +2,7 @@
 
     {"format": "polyak.WeightAverage", "version": 1,
      "configuration": {"profiles": {name: description}, "every": int, "start": float, "dtypes": [str]},
-     "clock": {...}, "pending": {name: float}, "ties": {name: [alias]}, "frozen": {name: checksum},
+     "clock": {...}, "pending": {name: float}, "ties": {name: [alias]}, "frozen": {name: checksum or None},
      "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
 
 With compensated=True there are "seconds", like "averages", and the configuration says so; that of averages which are
@@ -91,7 +91,8 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         compensated = list(core.profiles) if core.store.modes.compensated else []
         seconds = {name: _dictionary(state["seconds"][fingerprint][name]) for name in compensated}
         ties = {str(name): [str(alias) for alias in aliases] for name, aliases in state.get("ties", {}).items()}
-        frozen = {str(name): int(total) for name, total in state.get("frozen", {}).items()}
+        totals = state.get("frozen", {}).items()
+        frozen = {str(name): None if total is None else int(total) for name, total in totals}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: {type(error).__name__}: {error}") from error
     if any(not growth >= 0 for growth in pending.values()):
