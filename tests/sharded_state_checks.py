@@ -250,3 +250,19 @@ def frozen_parameters_are_loaded_by_two_that_share(folder):
 @on(1)
 def frozen_parameters_are_loaded_by_one_process_without_shards(folder):
     _resume_frozen(folder, lambda model: {})
+
+
+@on(2)
+def parts_of_another_rank_are_refused(folder):
+    for prepare in (lambda model: [shard(model), {}][1], lambda model: {"shard_over": distributed.group.WORLD}):
+        model, average = _partly_frozen(prepare)
+        _moved(model, average)
+        rank = distributed.get_rank()
+        torch.save(average.state_dict(), folder / f"rank-{rank}.pt")
+        distributed.barrier()
+        before = average["ema"].weights()
+        average.load_state_dict(torch.load(folder / f"rank-{rank}.pt", weights_only=False))
+        with pytest.raises(polyak.MismatchError, match=r"is another rank's part\. Nothing was written"):
+            average.load_state_dict(torch.load(folder / f"rank-{1 - rank}.pt", weights_only=False))
+        assert zoo.bit_equal(average["ema"].weights(), before)
+        distributed.barrier()

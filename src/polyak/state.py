@@ -229,4 +229,9 @@ def _part(core: Core, name: str, kept: Tensor, saved: Tensor, what: str) -> Tens
             f"{describe(sharding_of(wrapped))} here. Nothing was written. Save and load it by "
             "torch.distributed.checkpoint, which lays it over other ranks"
         )
+    if is_sharded(saved) and here is not None and cast("Any", sharding_of(saved)).label != here.label:
+        raise MismatchError(
+            f"{name!r} in the {what} of the state is another rank's part. Nothing was written. A file of torch.save "
+            "holds those of the rank that wrote it; save and load by torch.distributed.checkpoint"
+        )
     return local(saved) if is_sharded(saved) or here is None else here.cut(saved)
