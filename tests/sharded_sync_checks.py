@@ -189,3 +189,19 @@ def experts_over_fewer_ranks_may_have_names_of_their_own(folder):
     own = distributed.get_rank() == 3
     with pytest.raises(polyak.MismatchError, match=r"ranks average differently: .*the tensors of the model"):
         polyak.WeightAverage(model, rules={"*.bias": "skip"} if own else {})
+
+
+@on(4)
+def ranks_of_meshes_that_cross_hear_of_each_other(folder):
+    mesh = mesh_of(2, 2)
+    model = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    fully_shard(model["first"], mesh=mesh["outer"])
+    fully_shard(model["second"], mesh=mesh["inner"])
+    for ahead in ((3,), (2, 3), (1, 3)):
+        average = polyak.WeightAverage(model, polyak.Uniform())
+        average.update()
+        average.weights()
+        if distributed.get_rank() in ahead:
+            average.update()
+        with pytest.raises(polyak.MismatchError, match="ranks have made different updates"):
+            average.weights()
