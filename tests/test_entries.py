@@ -36,6 +36,15 @@ def test_wrappers_leave_no_trace_in_names(wrap):
     assert [entry.name for entry in resolve(model, {})] == list(model.state_dict())
 
 
+def test_fabric_leaves_no_trace_in_names():
+    wrappers = pytest.importorskip("lightning.fabric.wrappers")
+    model = zoo.batchnorm()
+    for forward in (model, nn.DataParallel(model)):
+        wrapped = wrappers._FabricModule(forward, strategy=None, original_module=model)
+        assert actions(wrapped) == actions(model)
+        wrapped.load_state_dict(polyak.WeightAverage(wrapped).weights())
+
+
 class PassesOn(nn.Module):
     def __init__(self, module):
         super().__init__()

@@ -37,6 +37,8 @@ _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _KNOWN_WRAPPERS = frozenset(
     {"DistributedDataParallel", "ShardedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
 )
+# Where wrappers keep the model under another name: Lightning Fabric.
+_INSIDE_OF = {"_FabricModule": "_forward_module"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +112,7 @@ class Entry:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The bare model inside of `torch.compile`, DataParallel, DDP and whatever wraps a whole model as they do.
+    """The bare model inside of `torch.compile`, DataParallel, DDP, Fabric and whatever wraps a whole model as they do.
 
     Example:
         >>> bare = nn.Linear(2, 2)
@@ -118,8 +120,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while True:
-        segment = next((name for name in model._modules if name in WRAPPER_SEGMENTS), "module" if _wraps(model) else "")
-        inner = model._modules.get(segment)
+        known = "module" if _wraps(model) else _INSIDE_OF.get(type(model).__name__, "")
+        inner = model._modules.get(next((name for name in model._modules if name in WRAPPER_SEGMENTS), known))
         if inner is None:
             return model
         model = inner
