@@ -272,6 +272,36 @@ class TestAttach:
         self.train(model, optimizer, 3)
         assert average.num_updates == 3
 
+    def test_a_wrapper_without_hooks_counts_what_it_passes_on(self):
+        class Accumulating(torch.optim.Optimizer):
+            """As accelerate's: every other step is passed on, and nothing of torch's own is there."""
+
+            def __init__(self, optimizer):
+                self.optimizer = optimizer
+                self.num_calls = 0
+
+            @property
+            def param_groups(self):
+                return self.optimizer.param_groups
+
+            def step(self, closure=None):
+                self.num_calls += 1
+                if self.num_calls % 2 == 0:
+                    self.optimizer.step(closure)
+
+            def zero_grad(self, set_to_none=True):
+                self.optimizer.zero_grad(set_to_none)
+
+        model = zoo.mlp()
+        optimizer = Accumulating(torch.optim.SGD(model.parameters(), lr=0.1))
+        average = polyak.WeightAverage(model)
+        handle = average.attach(optimizer, optimizer.optimizer)
+        self.train(model, optimizer, 6)
+        assert average.num_updates == 3
+        handle.detach()
+        self.train(model, optimizer, 2)
+        assert average.num_updates == 3
+
     def test_on_another_time_axis(self):
         model = zoo.mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

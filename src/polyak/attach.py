@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,10 +27,11 @@ class Attachment:
     ) -> None:
         self._call = call
         self._on_detach = on_detach
-        self._num_optimizers = len(optimizers)
+        hooked = dict.fromkeys(map(_hooked, optimizers))
+        self._num_optimizers = len(hooked)
         self._stepped: set[int] = set()
         self._hooks: list[RemovableHandle] = [
-            optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers
+            optimizer.register_step_post_hook(self._after_step) for optimizer in hooked
         ]
 
     def detach(self) -> None:
@@ -50,6 +51,13 @@ class Attachment:
         if len(self._stepped) == self._num_optimizers:
             self._stepped.clear()
             self._call()
+
+
+def _hooked(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the steps, where a wrapper without hooks of its own (accelerate's) passes them on."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        optimizer = cast("Any", optimizer).optimizer
+    return optimizer
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], own: Set[int], at: object) -> None:
