@@ -313,3 +313,46 @@ def ranks_agree_on_what_is_not_finite(folder):
             assert average.num_updates == mirror.average.num_updates == (1, 1, 1, 2)[step]
             mirror.check(average)
             model.back.weight._local_tensor.copy_(kept)
+
+
+class Around(nn.Module):
+    """A model that is sharded by what it is a part of."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.other = nn.Linear(2, 2)
+
+    def forward(self, tokens):
+        return self.model(tokens)
+
+
+@on(2)
+def a_part_of_a_sharded_model_is_averaged(folder):
+    model, twin = make()
+    fully_shard(model.second, mesh=sharded_zoo.mesh_of(2))
+    root = fully_shard(Around(model), mesh=sharded_zoo.mesh_of(2))
+    average, mirror = polyak.WeightAverage(model, PROFILES), Mirror(twin)
+    optimizer = torch.optim.AdamW(root.parameters(), lr=0.1)
+    for step in range(3):
+        train(root, optimizer, seed=step)
+        average.update(), mirror.update(model)
+        mirror.check(average)
+        raw = sharded_zoo.whole(model)
+        root.eval()
+        with torch.no_grad():
+            root(torch.arange(11))  # which leaves whole parameters
+            with average["ema"].swapped():
+                inside = root(torch.arange(11))
+            outside = root(torch.arange(11))
+        root.train()
+        average["power"].weights()
+        with mirror.average["ema"].swapped(), torch.no_grad():
+            torch.testing.assert_close(inside, mirror.model.eval()(torch.arange(11)))
+        with torch.no_grad():
+            torch.testing.assert_close(outside, mirror.model.eval()(torch.arange(11)))
+        mirror.model.train()
+        root.reshard()
+        raw["seen"] = model.seen
+        assert zoo.bit_equal(sharded_zoo.whole(model), raw)
+        mirror.model.seen.copy_(model.seen)

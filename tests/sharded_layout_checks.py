@@ -192,3 +192,26 @@ def polyak_mesh_of_two():
     from torch.distributed.device_mesh import DeviceMesh
 
     return DeviceMesh("cpu", [0, 1])
+
+
+@on(4)
+def parameters_of_one_module_may_lie_over_meshes_of_their_own(folder):
+    common = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
+    if not hasattr(common, "ShardPlacementResult"):
+        return  # an older torch, in which all parameters of a module lie over one mesh
+    model, meshes = make(), (mesh_of(4), mesh_of(2, 2)["inner"])
+    places = [common.ShardPlacementResult(Shard(0), common.FSDPMeshInfo(mesh, shard_mesh_dim=0)) for mesh in meshes]
+    fully_shard(model, mesh=meshes[0], shard_placement_fn=lambda parameter: places[parameter is model.up.weight])
+    average, mirror = polyak.WeightAverage(model, PROFILES), Mirror(make())
+    for step in range(2):
+        sharded_zoo.drift(model, torch.Generator().manual_seed(step))
+        with torch.no_grad():
+            model(torch.ones(4, 6))
+        average.update(), mirror.update(model)
+        mirror.check(average)
+        raw = sharded_zoo.whole(model)
+        with average["ema"].swapped(), torch.no_grad():
+            inside = model(torch.ones(4, 6))
+        with mirror.average["ema"].swapped(), torch.no_grad():
+            torch.testing.assert_close(inside, mirror.model(torch.ones(4, 6)))
+        assert zoo.bit_equal(sharded_zoo.whole(model), raw)

@@ -23,7 +23,7 @@ def reshard(model: nn.Module) -> None:
     Raises:
         StateError: somebody has gathered the parameters to look at them, and would write them back.
     """
-    for module in _managed(model, "FSDPModule"):
+    for module in (*_managed(model, "FSDPModule"), *_managed_from_outside(model)):
         module.reshard()
         for group in _groups(module):
             # Where a pass was interrupted, groups still wait for its end, or for parameters that are on their way.
@@ -65,10 +65,27 @@ def _managed(model: nn.Module, kind: str) -> Iterator[Any]:
         yield from (cast("Any", module) for module in model.modules() if isinstance(module, found))
 
 
+def _managed_from_outside(model: nn.Module) -> list[Any]:
+    """The modules by which FSDP2 manages parameters of a model that is a part of theirs."""
+    found = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    known = getattr(sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", ())
+    inside = set(model.modules())
+    return [
+        module
+        for module in list(known)
+        if isinstance(module, found)
+        and module not in inside
+        and any(each._module_info.module in inside for group in _groups(module) for each in group.fsdp_params)
+    ]
+
+
 def _groups(module: Any) -> Iterable[Any]:
     state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return several
     only = getattr(state, "_fsdp_param_group", None)
-    return getattr(state, "_fsdp_param_groups", [] if only is None else [only])
+    return [] if only is None else [only]
 
 
 def _flat_handles(model: nn.Module) -> Iterator[Any]:
