@@ -5,7 +5,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -13,6 +13,7 @@ import polyak
 import zoo
 from ranks import on
 from sharded_layout_checks import make
+from sharded_zoo import mesh_of
 
 PROFILES = {"power": polyak.Power(relative_std=0.1), "ema": polyak.Exponential(0.9)}
 
@@ -125,3 +126,20 @@ def what_is_summoned_is_left_alone(folder):
                 call()
     assert zoo.bit_equal(whole(model), before)
     average.update()
+
+
+@on(4)
+def replicas_of_stretches_are_compared(folder):
+    own = distributed.get_rank() == 1
+    model = wrap(make(), sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh_of(2, 2))
+    average = polyak.WeightAverage(model, PROFILES)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), seed=0)
+    average.update()
+    average.check_in_sync()
+    with torch.no_grad():
+        average._core.store.averages["ema"]["up.weight"].flatten()[:1].add_(own)
+    with pytest.raises(polyak.MismatchError, match=r"apart: up\.weight \(ema\): ranks 1 against 3\."):
+        average.check_in_sync()
+    other = polyak.WeightAverage(model, rules={"*.bias": "copy"} if own else {})
+    with pytest.raises(polyak.MismatchError, match=r"or rules=: ranks 0, 2, 3 against 1"):
+        other.check_in_sync()

@@ -143,7 +143,9 @@ def _settings(core: Core, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple
     """What all ranks must have alike."""
     store = core.store
     shared = store.shared
-    kinds = [(e.name, e.aliases, e.action, str(e.dtype), tuple(e.shape)) for e in entries]
+    # The shapes of stretches are each rank's own.
+    shapes = [() if core.source.flat_rank else tuple(e.shape) for e in entries]
+    kinds = [(e.name, e.aliases, e.action, str(e.dtype), shape) for e, shape in zip(entries, shapes, strict=True)]
     yield "the tensors of the model, or rules=", ("", repr(kinds))
     yield "the profiles", ("", repr(core.profiles))
     yield "every= or start=", ("", repr((core.clock.every, core.clock.start)))
