@@ -205,3 +205,28 @@ def ranks_of_meshes_that_cross_hear_of_each_other(folder):
             average.update()
         with pytest.raises(polyak.MismatchError, match="ranks have made different updates"):
             average.weights()
+
+
+@on(4)
+def ranks_that_ask_for_different_things_are_told(folder):
+    model, _ = make()
+    shard(model)
+    shared = zoo.mlp()
+    own = distributed.get_rank() == 2
+    average = polyak.WeightAverage(model, PROFILES)
+    average.update()
+    sharing = polyak.WeightAverage(shared, PROFILES, shard_over=distributed.group.WORLD)
+    sharing.update()
+    name, path = ("power" if own else "ema"), folder / "different.safetensors"
+    kept = {name: tensor.clone() for name, tensor in shared.state_dict().items()}
+    calls = [average[name].weights, lambda: average[name].export(path), sharing[name].swap_in, sharing[name].write_back]
+    for call in calls:
+        with pytest.raises(polyak.MismatchError, match=f"ranks ask for different things, this one for {name}"):
+            call()
+    with pytest.raises(polyak.MismatchError, match=r"this one for ema, (torch\.bfloat16|None)"):
+        average["ema"].export(path, dtype=torch.bfloat16 if own else None)
+    with pytest.raises(polyak.MismatchError, match=r"this one for (report\(\)|ema)"):
+        (average.report if own else average["ema"].weights)()
+    assert not path.exists()
+    assert not sharing.is_swapped
+    assert zoo.bit_equal(shared.state_dict(), kept)

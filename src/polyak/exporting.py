@@ -80,7 +80,7 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
     check_can_be_whole(core, "export()")
     meshes = core.store.meshes
     what = f"export({os.fspath(path)!r})"
-    with together(core, what):
+    with together(core, what, name, dtype):
         target, tensors = _prepare(core, name, path, dtype, writes=is_first(meshes))
     metadata = {
         "profile": json.dumps(core.profiles[name].describe()),

@@ -34,7 +34,7 @@ def check_not_standing(model: nn.Module, call: str) -> None:
 
 def swap_in(core: Core, name: str) -> None:
     """Puts the average of that name into the source, in which none stands; where it fails, `swap_out` undoes it."""
-    with together(core, "swapped()", sends=core.store.replicas is not None):
+    with together(core, "swapped()", name, sends=core.store.replicas is not None):
         core.verify_values()
         core.warn_if_never_updated("swapped in")
     buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]

@@ -79,36 +79,38 @@ def check_alike(core: Core) -> None:
 
 
 @contextmanager
-def together(core: Core, call: str, *, sends: bool = True) -> Generator[None, None, None]:
+def together(core: Core, call: str, *asked: object, sends: bool = True) -> Generator[None, None, None]:
     """What ranks do before they send each other tensors: all of them come out of the `with`, or all of them raise.
 
     Args:
         core: whose ranks.
         call: for the error.
+        asked: what ranks must ask for alike, such as the name of an average.
         sends: whether ranks will send anything; where not, each is on its own.
 
     Raises:
         StateError: another rank raised an error, or is lost.
-        MismatchError: ranks have made different updates, or share averages and have other weights.
+        MismatchError: ranks have made different updates, ask for different things, or share averages and have other
+            weights.
     """
     meshes = core.store.meshes if sends else []
     with all_or_none(meshes, call):
         yield
-    number = _clock_number(core) if meshes else 0
+    numbers = [_number((core.clock.state(), core.store.pending)), _number((call.partition("(")[0], asked))]
     # Meshes may cross, so that each rank sees those along its own lines only, and hears of the rest.
-    seen = [apart([number], mesh) for mesh in meshes]
-    if any_rank(any(seen), meshes[:-1]):
+    seen = [position for mesh in meshes for position in apart(numbers, mesh)]
+    if any_rank(len(seen) > 0, meshes[:-1]):
+        difference = (
+            f"ask for different things, this one for {', '.join(map(str, asked)) or call}"
+            if 1 in seen
+            else f"have made different updates, this one {core.clock.num_updates} until time {core.clock.time:g}"
+        )
         raise MismatchError(
-            f"{call}: ranks have made different updates, this one {core.clock.num_updates} until time "
-            f"{core.clock.time:g}, so that their parts do not belong together. Nothing was written. Every rank must "
-            "make the same calls"
+            f"{call}: ranks {difference}, so that their parts do not belong together. Nothing was written. Every rank "
+            "must make the same calls"
         )
     if sends:
         check_replicas(core, call)
-
-
-def _clock_number(core: Core) -> int:
-    return _number((core.clock.state(), core.store.pending))
 
 
 def _number(state: object) -> int:

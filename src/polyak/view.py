@@ -90,7 +90,7 @@ class AverageView:
         source, and so is what modules give by `get_extra_state`; non-persistent buffers are not.
         """
         core = self._core
-        with together(core, "weights()"):
+        with together(core, "weights()", self.name):
             core.verify()
             check_can_be_whole(core, "weights()")
         tensors = by_every_name(core, core.store.tensors(self.name))
@@ -119,7 +119,7 @@ class AverageView:
             StateError: an average stands in the source.
         """
         core = self._core
-        with together(core, "copy_to()", sends=core.store.replicas is not None):
+        with together(core, "copy_to()", self.name, sends=core.store.replicas is not None):
             check_not_standing(core.source.bare, "copy_to()")
             core.verify()
             entries = core.source.entries
@@ -145,7 +145,7 @@ class AverageView:
         if dtype is not None:
             check_floating_point(dtype)
         self._check_whole("module()")
-        with together(core, "module()", sends=core.store.replicas is not None):
+        with together(core, "module()", self.name, dtype, sends=core.store.replicas is not None):
             core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
