@@ -113,6 +113,15 @@ def errors_name_the_second_kind(folder):
 
 
 @on(2)
+def a_part_of_what_is_spread_is_refused(folder):
+    model = FullyShardedDataParallel(make(), device_id=torch.device("cpu"), use_orig_params=True)
+    for part in (model.module, model.module.up):
+        with pytest.raises(polyak.StateError, match=r"stretches of parameters, of a FullyShardedDataParallel that it"):
+            polyak.WeightAverage(part)
+    polyak.WeightAverage(model).update()
+
+
+@on(2)
 def what_is_summoned_is_left_alone(folder):
     """Resharding there would write garbage back over the shards."""
     model = wrap(make())

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from polyak.collectives import is_alone
 from polyak.errors import StateError
 
 
@@ -45,9 +46,16 @@ def flat_rank(model: nn.Module) -> tuple[int, int] | None:
     """The rank and the number of ranks where FullyShardedDataParallel spreads stretches of parameters over several.
 
     Raises:
-        StateError: it holds them in a form of its own, without names.
+        StateError: it holds them in a form of its own, without names; or it is not a part of this model.
     """
-    for module in _managed(model, "FullyShardedDataParallel"):
+    wrappers = list(_managed(model, "FullyShardedDataParallel"))
+    is_stretch = (getattr(parameter, "_fsdp_flattened", False) for parameter in model.parameters())
+    if not wrappers and not is_alone() and any(is_stretch):
+        raise StateError(
+            f"what this {type(model).__name__} has are stretches of parameters, of a FullyShardedDataParallel that it "
+            "is a part of: average that, or better shard the model by fully_shard (FSDP2)"
+        )
+    for module in wrappers:
         if not module._use_orig_params:
             raise StateError(
                 "FullyShardedDataParallel without use_orig_params=True hides parameters and their names in flat ones; "
@@ -73,10 +81,16 @@ def _managed_from_outside(model: nn.Module) -> list[Any]:
     return [
         module
         for module in list(known)
-        if isinstance(module, found)
-        and module not in inside
-        and any(each._module_info.module in inside for group in _groups(module) for each in group.fsdp_params)
+        if isinstance(module, found) and module not in inside and not inside.isdisjoint(_holders(module))
     ]
+
+
+def _holders(module: Any) -> Iterator[nn.Module]:
+    """The modules that hold parameters which FSDP2 manages by this one; several where they are tied."""
+    for group in _groups(module):
+        for parameter in group.fsdp_params:
+            yield parameter._module_info.module
+            yield from parameter._module_info.shared_modules
 
 
 def _groups(module: Any) -> Iterable[Any]:
