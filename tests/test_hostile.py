@@ -1,5 +1,6 @@
 """Files that want to run code, take memory or time, or lie: each is one FileFormatError, and nothing happens."""
 
+import io
 import json
 import pickle
 import re
@@ -8,15 +9,18 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import hostile
 import polyak
 import zoo
+from polyak.containers.pickled import unpickle
 
 ATTACKS = sorted(hostile.attacks("canary"))
 REFUSED = polyak.FileFormatError
@@ -155,6 +159,43 @@ class TestMemoryAndTime:
         path = hostile.archive(tmp_path / "x.pth", hostile.dictionary(state_dict_ema=body, ema=body))
         refused(path)
 
+    @pytest.mark.parametrize("beginning", [b"X\xff\xff\xff\x7f", b"\x8e" + struct.pack("<Q", 15 << 30), b"S'"])
+    def test_holes_of_an_old_file(self, beginning, tmp_path):
+        with (tmp_path / "x.pth").open("wb") as file:
+            file.write(hostile.legacy(b"\x80\x04" + beginning)[: -len(pickle.dumps([], protocol=2))])
+            file.truncate(20 << 30)
+        code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30)); import sys, polyak\n"
+        code += "try: polyak.read(sys.argv[1])\n"
+        code += "except polyak.FileFormatError: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "x.pth"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert int(done.stdout) < 2_000_000  # in kB
+
+    def test_more_than_tensors_need(self):
+        pickled = b"\x80\x02(" + b"]" * 1000 + b"l."
+        assert len(unpickle(io.BytesIO(pickled), find=None, persistent=None)) == 1000
+        with pytest.raises(REFUSED, match="a pickle in it has over 1,000 operations, which no file of tensors needs"):
+            unpickle(io.BytesIO(pickled), find=None, persistent=None, max_operations=1000)
+
+    @pytest.mark.parametrize("model", [None, nn.Linear(2, 2)])
+    def test_names_of_parts_within_parts(self, model, tmp_path):
+        deep = ".".join("a" * 50_000)
+        content = {
+            "state_dict_ema": {"x" if model is None else deep: torch.ones(2)},
+            "state_dict": {deep: torch.ones(2)},
+        }
+        torch.save(content, tmp_path / "x.pth")
+        tracemalloc.start()
+        try:
+            if model is None:
+                assert list(polyak.read(tmp_path / "x.pth").average) == ["x"]
+            else:
+                with pytest.raises(polyak.MismatchError):
+                    polyak.read(tmp_path / "x.pth", model=model)
+            assert tracemalloc.get_traced_memory()[1] < 50_000_000
+        finally:
+            tracemalloc.stop()
+
     @pytest.mark.parametrize(
         ("numbers", "match"),
         [
@@ -207,6 +248,26 @@ class TestArchives:
         data[places[one] + 42 : places[one] + 46] = data[places[zero] + 42 : places[zero] + 46]
         path.write_bytes(data)
         refused(path, match="overlap")
+
+    def test_records_within_records(self, tmp_path):
+        # Each holds all that come after it, so that their bytes together are many times the file.
+        size, heads, entries = 1_000_000, [], []
+        for place in range(500):
+            name = b"archive/data/%d" % place
+            about = (20, 0, 0, 0, 0, 1, size, size, len(name))
+            heads.append(struct.pack("<4s5H3I2H", b"PK\x03\x04", *about, 0) + name)
+            entries.append((about, name))
+            size += len(heads[-1])
+        body, directory, place = b"".join(reversed(heads)) + bytes(1_000_000), b"", 0
+        for (about, name), head in zip(reversed(entries), reversed(heads), strict=True):
+            entry = struct.pack("<4sH5H3IH", b"PK\x01\x02", 20, *about)
+            directory += entry + bytes(12) + struct.pack("<I", place) + name
+            place += len(head)
+        end = struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 500, 500, len(directory), len(body), 0)
+        (tmp_path / "x.pth").write_bytes(body + directory + end)
+        refused(tmp_path / "x.pth", match="has records that overlap")
+        with pytest.raises(REFUSED, match=r"its records overlap, which torch.save never writes"):
+            polyak.load(tmp_path / "x.pth")
 
     def test_a_flipped_bit_in_the_pickle(self, tmp_path):
         path = hostile.archive(
@@ -303,6 +364,16 @@ class TestFolders:
     def test_an_index_that_is_none(self, content, tmp_path):
         (tmp_path / "model.safetensors.index.json").write_text(content)
         refused(tmp_path)
+
+    def test_holes_of_an_index(self, tmp_path):
+        with (tmp_path / ".metadata").open("wb") as file:
+            file.truncate(20 << 30)
+        refused(tmp_path, match="has an index of 21,474,836,480 bytes, which no checkpoint needs")
+
+    def test_a_configuration_of_absurd_size(self, tmp_path):
+        save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+        (tmp_path / "config.json").write_bytes(b'{"a":[' + b"[]," * 12_000_000 + b"0]}")
+        refused(tmp_path, match="has 'config.json', which has 36,000,009 bytes, which no model needs")
 
     def test_a_distributed_checkpoint_without_a_file(self, tmp_path):
         import torch.distributed.checkpoint as dcp

@@ -35,6 +35,17 @@ def canonical(name: str) -> str:
     return join(name.split("."))
 
 
+def parts_around(name: str, given: Iterable[str]) -> list[str]:
+    """What stands before a name in given names: the parts of larger models that have it, the outermost first.
+
+    Example:
+        >>> parts_around("weight", ["net.head.weight", "net.weight", "weight"])
+        ['net.', 'net.head.']
+    """
+    found = {one.removesuffix(name) for one in given if one.endswith(f".{name}")}
+    return sorted(found, key=lambda part: (part.count("."), part))
+
+
 def renaming(given: Iterable[str], expected: Iterable[str]) -> Callable[[str], str]:
     """How given names are to be changed to be the expected ones, as far as wrappers explain the difference.
 

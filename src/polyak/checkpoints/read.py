@@ -14,7 +14,7 @@ from polyak.containers import Content, Leaf, Record, open_content
 from polyak.entries import Site, gather, unwrap, walk
 from polyak.errors import FileFormatError, MismatchError, listed
 from polyak.layouts import Found, examine
-from polyak.names import renaming
+from polyak.names import parts_around, renaming
 from polyak.profiles import Profile, profile_from_description
 
 from .checkpoint import Checkpoint
@@ -214,9 +214,10 @@ def _part(
     Raises:
         MismatchError: several parts have.
     """
-    beginnings = {name[: place + 1] for name in given for place, character in enumerate(name) if character == "."}
+    # One that has all parameters has the first one, under one of its names.
+    known = parameters[0] if parameters else shapes
     fitting: list[str] = []
-    for part in sorted(beginnings):
+    for part in sorted({part for name in known for part in parts_around(name, given)}):
         inside = _inside(given, part)
         right = all(shapes.get(name) == tuple(leaf.shape) for name, leaf in inside.items())
         if right and all(any(name in inside for name in tied) for tied in parameters):

@@ -19,7 +19,7 @@ from .window import Window
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
-_MAX_PICKLE = 1 << 29
+MAX_PICKLE = 1 << 29
 
 
 def is_archive(start: bytes) -> bool:
@@ -95,7 +95,7 @@ def _records(path: Path, file: BinaryIO, archive: zipfile.ZipFile, *, offset: in
 
 
 def _bytes(file: BinaryIO, span: Span) -> bytes:
-    if span.num_bytes > _MAX_PICKLE:
+    if span.num_bytes > MAX_PICKLE:
         raise FileFormatError(f"has a pickle of {span.num_bytes:,} bytes, which no file of tensors needs")
     file.seek(span.offset)
     return file.read(span.num_bytes)
@@ -121,7 +121,7 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
         return found.get(str(key)) or declared.setdefault(str(key), StorageOf(known.dtype, Span(path, 0, num_bytes)))
 
     with path.open("rb") as opened:
-        file = cast("BinaryIO", Window(opened, 0, size))
+        file = cast("BinaryIO", Window(opened, 0, min(size, MAX_PICKLE)))
 
         def read() -> Any:
             return unpickle(file, find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent)
@@ -138,8 +138,8 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
             if key not in declared:
                 raise FileFormatError(f"is damaged: no tensor needs its storage {key[:40]!r}")
             span = declared[key].span
-            file.seek(position)
-            (count,) = struct.unpack("<q", file.read(8))
+            opened.seek(position)
+            (count,) = struct.unpack("<q", opened.read(8))
             if count * ITEM_SIZES[declared[key].dtype] != span.num_bytes or position + 8 + span.num_bytes > size:
                 raise FileFormatError(f"is damaged: it ends within the storage {key[:40]!r}")
             found[key] = StorageOf(declared[key].dtype, Span(path, position + 8, span.num_bytes))

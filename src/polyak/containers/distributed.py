@@ -15,20 +15,30 @@ from typing import Any, cast
 
 from polyak.errors import FileFormatError
 
-from .archive import read_archive
+from .archive import MAX_PICKLE, read_archive
 from .objects import find
 from .pickled import Name, unpickle
 from .stored import ITEM_SIZES, Leaf, Pieced, Record, Stored
 
 INDEX = ".metadata"
+# Of a thousand ranks there are so many pieces.
+_MAX_OPERATIONS = 100_000_000
 # Of a piece, by the name of its tensor and where it begins: the file, and the stretch of it.
 _Places = dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]
 
 
 def read_distributed(folder: Path, *, skip_objects: bool) -> dict[Any, Any]:
     """The content of a folder, nested as it was saved; but for the numbers that an optimizer has for each parameter."""
+    size = (folder / INDEX).stat().st_size
+    if size > MAX_PICKLE:
+        raise FileFormatError(f"has an index of {size:,} bytes, which no checkpoint needs")
     with BytesIO((folder / INDEX).read_bytes()) as file:
-        index = unpickle(file, find=lambda name: find(name, skip_objects=False), persistent=_refuse)
+        index = unpickle(
+            file,
+            find=lambda name: find(name, skip_objects=False),
+            persistent=_refuse,
+            max_operations=_MAX_OPERATIONS,
+        )
     described = _state(index, "Metadata")
     places: _Places = {}
     for key, place in described["storage_data"].items():

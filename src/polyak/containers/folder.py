@@ -13,7 +13,7 @@ from polyak.errors import FileFormatError
 STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin")
 CONFIGURATION = "config.json"
-_MAX_JSON = 1 << 27
+_MAX_JSON = 1 << 25
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -19,6 +19,8 @@ from .stored import Record
 _MAX_KEY_PARTS = 64
 _MAX_COPIED = 1 << 22
 _BYTES_OF_ONE = 64
+# A tensor takes 30 of them, and each of them 72 bytes of memory at most.
+_MAX_OPERATIONS = 10_000_000
 _Call = Callable[..., Any]
 
 
@@ -43,21 +45,30 @@ _BYTES = "BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8"
 _IGNORED = "PROTO FRAME STOP"
 
 
-def unpickle(stream: BinaryIO, *, find: Callable[[str], Name], persistent: Callable[[Any], Any]) -> Any:
+def unpickle(
+    stream: BinaryIO,
+    *,
+    find: Callable[[str], Name],
+    persistent: Callable[[Any], Any],
+    max_operations: int = _MAX_OPERATIONS,
+) -> Any:
     """Reads one pickle from where the stream stands; sets become lists, and objects what `find` makes of their class.
 
     Args:
         stream: of the pickle's bytes; is left behind it.
         find: what stands for a class or function, given as "module.name"; raises where it may not be used.
         persistent: what stands for something outside of the pickle, such as the storage of a tensor.
+        max_operations: that the pickle may have; each can take many times the memory that it takes in the file.
 
     Raises:
-        FileFormatError: the pickle is damaged, or holds what is not read.
+        FileFormatError: the pickle is damaged, holds what is not read, or too much.
         Exception: what `find` and `persistent` raise; and, of a damaged pickle, whatever its bytes lead to.
     """
     machine = _Machine(find, persistent)
     operations = machine.operations()
-    for operation, argument, _ in pickletools.genops(stream):
+    for count, (operation, argument, _) in enumerate(pickletools.genops(stream)):
+        if count == max_operations:
+            raise FileFormatError(f"a pickle in it has over {count:,} operations, which no file of tensors needs")
         run = operations.get(operation.name)
         if run is None:
             raise FileFormatError(f"a pickle in it has the operation {operation.name}, which no file of tensors needs")

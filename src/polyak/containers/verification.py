@@ -110,6 +110,10 @@ def _archive(path: Path, tell: Callable[[int], None]) -> _Results:
                 _raise_if_of_system(error)
                 yield Problem(path.name, f"before byte {end:,}" if several else "", f"{_NONE} ({str(error)[:200]})")
                 return
+            # Each byte is read once, then.
+            if sum(record.file_size for record in records) > end:
+                yield Problem(path.name, "", "its records overlap, which torch.save never writes")
+                return
             last, end = end, min((record.header_offset for record in records), default=0)
             if any(record.CRC for record in records) or not any(record.file_size for record in records):
                 yield from _records(path, archive, records, tell)

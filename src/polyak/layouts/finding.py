@@ -11,7 +11,7 @@ from typing import Any
 
 from polyak.containers import Content, Leaf, Record, Stored
 from polyak.errors import FileFormatError, listed
-from polyak.names import canonical
+from polyak.names import canonical, parts_around
 
 from .choosing import Candidate, choose, file_groups
 from .layout import STEPS, WEIGHTS, Layout, Parts, Place
@@ -277,20 +277,14 @@ def _align(
     names = {name for average in averages.values() for name in average}
     if not names or names & raw.keys():
         return averages, raw
-    for part in _beginnings(raw):
-        inside = {name.removeprefix(part): leaf for name, leaf in raw.items() if name.startswith(part)}
-        if names <= inside.keys():
+    for part in parts_around(next(iter(names)), raw):
+        if all(part + name in raw for name in names):
             notes.append(f"the raw weights are those of the part {part[:-1]!r}")
+            inside = {name.removeprefix(part): leaf for name, leaf in raw.items() if name.startswith(part)}
             return averages, inside
-    for part in _beginnings(names):
+    for part in parts_around(next(iter(raw)), names):
         if all(part + name in names for name in raw):
             notes.append(f"the average is of a model that has the raw weights under {part[:-1]!r}")
             return averages, {part + name: leaf for name, leaf in raw.items()}
     notes.append(f"the raw weights have no name in common with the average: {listed(list(raw)[:3])}, ...")
     return averages, raw
-
-
-def _beginnings(names: Mapping[str, Leaf] | set[str]) -> list[str]:
-    """All parts that names begin with, the outermost first."""
-    found = {name[: place + 1] for name in names for place, character in enumerate(name) if character == "."}
-    return sorted(found, key=lambda part: (part.count("."), part))
