@@ -117,6 +117,13 @@ class TestPickles:
         checkpoint = polyak.read(tmp_path / "x.pth", skip_objects=True)
         assert zoo.bit_equal(dict(checkpoint.average), {"w": torch.ones(2)})
 
+    def test_code_that_is_damaged(self, tmp_path):
+        torch.save({"ema": nn.Linear(2, 3)}, tmp_path / "x.pth")
+        data = (tmp_path / "x.pth").read_bytes()
+        for content in (b"", b"hello", data[: len(data) // 2]):
+            (tmp_path / "x.pth").write_bytes(content)
+            refused(tmp_path / "x.pth", match="is damaged, and cannot be read", run_pickled_code=True)
+
 
 class TestMemoryAndTime:
     @pytest.mark.parametrize(

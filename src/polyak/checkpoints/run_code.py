@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -11,6 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from polyak.containers import damaged
 
 
 @contextmanager
@@ -23,7 +26,10 @@ def plain_copy(path: str | os.PathLike[str], *, allowed: bool) -> Generator[Path
         yield Path(path)
         return
     with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
-        content: object = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            content: object = torch.load(path, map_location="cpu", weights_only=False)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise damaged(path, error) from error
         copy = Path(folder) / Path(path).name
         torch.save(_plain(content), copy)
         del content
