@@ -52,6 +52,18 @@ class TestModulesThatAverage:
         assert zoo.bit_equal(dict(checkpoint.average), ema)
         assert zoo.bit_equal(dict(checkpoint.raw_weights), raw)
 
+    @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+    @pytest.mark.parametrize("key", [None, "ema", "model_ema"])
+    @pytest.mark.protects
+    def test_within_a_wrapper(self, wrapper, key, tmp_path, raw, ema):
+        average = AveragedModel(model(2.0))
+        average.n_averaged.fill_(7)
+        state = {f"{wrapper}{name}": tensor for name, tensor in average.state_dict().items()}
+        checkpoint = read(tmp_path, state if key is None else {"model": raw, key: state})
+        assert (checkpoint.format, checkpoint.counters) == ("torch", {"n_averaged": 7})
+        assert zoo.bit_equal(dict(checkpoint.average), ema)
+        assert key is None or zoo.bit_equal(dict(checkpoint.raw_weights), raw)
+
     def test_two_of_them_go_by_their_keys(self, tmp_path, ema):
         content = {"g": model(1.0).state_dict(), "g_ema": AveragedModel(model(2.0)).state_dict()}
         content["d_ema"] = AveragedModel(model(3.0)).state_dict()

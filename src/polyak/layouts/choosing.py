@@ -27,10 +27,12 @@ class Candidate:
     layout: Layout
     under: tuple[str, ...] = ()
 
-    @property
-    def is_part(self) -> bool:
-        """Whether it begins at a part of a model, and not at a key."""
-        return bool(self.under) and self.under[-1].endswith(".")
+    def is_part_of(self, content: Content) -> bool:
+        """Whether it begins at a part of a model, and not at a key, nor where a wrapper is around all of it."""
+        if not self.under or not self.under[-1].endswith("."):
+            return False
+        *outer, part = self.under
+        return not all(match.key.startswith(part) for match in matches(content.tree, "*", under=tuple(outer)))
 
     @property
     def key(self) -> str:
@@ -87,7 +89,7 @@ def choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> t
 
 def _best(certain: list[Candidate], content: Content) -> list[Candidate]:
     # A module that averages, as a part of another one, says least about the file.
-    certain = [one for one in certain if not one.is_part] or certain
+    certain = [one for one in certain if not one.is_part_of(content)] or certain
     uses = {one: one.uses(content) for one in certain}
     best = [one for one in certain if not any(_refines(uses[other], uses[one]) for other in certain)]
     # Of two readings of the very same things, the one that takes the file as a whole.

@@ -168,10 +168,13 @@ def _left_out(place: Place, pattern: str) -> Iterator[str]:
 def _around(place: Place) -> dict[str, Leaf]:
     """The weights beside an average: in the same dictionary where it is a part, else in a neighbouring one."""
     *outer, part = place.under
-    if not part.endswith("."):
-        return _first([pattern for pattern in WEIGHTS if pattern.partition("/")[0] != part], Place(place.content))
-    whole = _first(("*",), Place(place.content, tuple(outer)))
-    return {name: leaf for name, leaf in whole.items() if not name.startswith(part)}
+    if part.endswith("."):
+        whole = _first(("*",), Place(place.content, tuple(outer)))
+        rest = {name: leaf for name, leaf in whole.items() if not name.startswith(part)}
+        if rest or not outer:
+            return rest
+        part = outer[-1]
+    return _first([pattern for pattern in WEIGHTS if pattern.partition("/")[0] != part], Place(place.content))
 
 
 def _first(patterns: Sequence[str], place: Place) -> dict[str, Leaf]:
