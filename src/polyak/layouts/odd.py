@@ -207,7 +207,10 @@ def weights_alone(parts: Parts, place: Place) -> None:
     if suspects:
         parts.notes.append(f"passed over, though the keys speak of averages: {listed(suspects)}")
     if "pytorch-lightning_version" in dict(items_of(place.content.tree)):
-        parts.notes.append("a file of Lightning that has weights only is the average where a callback averages")
+        parts.notes.append(
+            "a file of Lightning that has weights only: where a callback averages, they are the average after the end "
+            "of the fit, and what is trained before"
+        )
 
 
 def average_keys(content: Content) -> dict[str, dict[str, Leaf]]:
