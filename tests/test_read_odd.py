@@ -125,6 +125,48 @@ class TestKeys:
         assert "they are the average after the end of the fit, and what is trained before" in checkpoint.notes[1]
 
 
+class TestScheduleFree:
+    def state(self, **group):
+        ends = {0: {"z": torch.full((3, 3), 5.0)}, 1: {"z": torch.full((3,), 5.0)}}
+        return {"state": ends, "param_groups": [{"betas": (0.5, 0.9), "k": 3, "params": [0, 1], **group}]}
+
+    @pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "opt", "optimizer_states"])
+    @pytest.mark.protects
+    def test_wherever_the_optimizer_is(self, key, tmp_path):
+        weights = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
+        state = self.state(train_mode=True)
+        content = {"state_dict": weights, key: [state] if key == "optimizer_states" else state}
+        checkpoint = read(tmp_path, content)
+        assert (checkpoint.format, checkpoint.counters) == ("schedule-free", {"k": 3})
+        # x = y + (1 - 1 / 0.5) * (z - y)
+        assert zoo.bit_equal(dict(checkpoint.average), {name: torch.full_like(weights[name], -3) for name in weights})
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), weights)
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "net.", "net.inner."])
+    def test_whatever_stands_before_the_names(self, prefix, tmp_path):
+        weights = {f"{prefix}weight": torch.ones(3, 3), f"{prefix}bias": torch.ones(3), f"{prefix}mean": torch.ones(3)}
+        linear = nn.Linear(3, 3)
+        linear.register_buffer("mean", torch.zeros(3))
+        content = {"model": weights, "optimizer": self.state(train_mode=True)}
+        average = read(tmp_path, content, model=linear).average
+        assert [average[name].unique().tolist() for name in ("weight", "bias", "mean")] == [[-3], [-3], [1]]
+
+    def test_another_model(self, tmp_path):
+        content = {"model": {"other": torch.ones(3)}, "optimizer": self.state(train_mode=True)}
+        with pytest.raises(
+            polyak.MismatchError, match=r"x.pth' has no weight 'weight', of which its optimizer has a z"
+        ):
+            read(tmp_path, content, model=nn.Linear(3, 3))
+
+    @pytest.mark.protects
+    def test_the_wrapper_does_not_say_its_mode(self, tmp_path):
+        weights = {"weight": torch.ones(3, 3), "bias": torch.ones(3)}
+        checkpoint = read(tmp_path, {"model": weights, "optimizer": self.state()})
+        assert "the model in it is the average only if it was saved in eval mode" in checkpoint.notes[1]
+        with_closure = read(tmp_path, {"model": weights, "optimizer": self.state(weight_lr_power=2.0)})
+        assert "the model in it is the average, and what was trained is not in it" in with_closure.notes[1]
+
+
 class TestParts:
     def test_the_raw_weights_of_a_part(self, tmp_path, raw, ema):
         outer = {f"net.{name}": tensor for name, tensor in raw.items()} | {"loss.weight": torch.ones(1)}

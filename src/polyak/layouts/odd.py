@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from polyak.containers import STATES, Between, Content, Leaf, Stored
-from polyak.errors import FileFormatError, listed
+from polyak.errors import FileFormatError, MismatchError, listed
+from polyak.names import parts_around, renaming
 from polyak.profiles import Power
 
 from .layout import Parts, Place
@@ -17,6 +18,8 @@ from .positions import positions_to_names
 
 _AVERAGE_KEY = re.compile(r"(?:^|[_\-.])(?:ema|swa|average|averaged|avg|shadow|polyak)(?:$|[_\-.])", re.IGNORECASE)
 _INNER_KEYS = ("module", "model", "shadow", "ema", "state_dict", "params", "weights", "average", "ema_model")
+# Where trainers keep the state of an optimizer; the last one is Lightning's.
+_OPTIMIZERS = ("optimizer", "optimizer_state_dict", "optimizer_state", "optim", "opt", "optimizer_states/0")
 _TRAINING = ("ema_optimizer.", "optimizer.", "optim.", "dataloader.", "lr_scheduler.", "train_state.")
 
 
@@ -124,19 +127,38 @@ def only_averaged(parts: Parts, place: Place) -> None:
     parts.raw = {name: leaf for name, leaf in parts.raw.items() if not name.startswith(_TRAINING)}
 
 
+def has_ends(content: Content, under: tuple[str, ...]) -> bool:
+    """Whether the state of an optimizer has a z for parameters."""
+    return _optimizer(content.tree) is not None
+
+
+def _optimizer(tree: object) -> str | None:
+    """Where the state of an optimizer is that has a z for parameters."""
+    return next((place for place in _OPTIMIZERS if matches(tree, f"{place}/state/?/z")), None)
+
+
 def schedule_free(parts: Parts, place: Place) -> None:
     """The average x of weights y and the optimizer's z: x = y + (1 - 1 / beta) * (z - y), beta being the first one."""
-    groups = [dict(items_of(match.value)) for match in matches(place.content.tree, "optimizer/param_groups/#")]
+    optimizer = _optimizer(place.content.tree)
+    groups = [dict(items_of(match.value)) for match in matches(place.content.tree, f"{optimizer}/param_groups/#")]
     if groups and isinstance(groups[0].get("k"), int):
         parts.counters["k"] = groups[0]["k"]
     # Buffers are the same in both; a parameter without z has not moved yet.
     average = dict(parts.raw)
     parts.averages = {"": average}
+    # The wrapper of other optimizers keeps neither its mode nor its beta; those with a closure have one mode only.
+    if groups and "train_mode" not in groups[0] and "weight_lr_power" not in groups[0]:
+        parts.raw = {}
+        parts.notes.append(
+            "ScheduleFreeWrapper does not save its mode: the model in it is the average only if it was saved in eval "
+            "mode, and what is trained otherwise"
+        )
+        return
     if not groups or groups[0].get("train_mode") is not True:
         parts.raw = {}
         parts.notes.append("saved in eval mode: the model in it is the average, and what was trained is not in it")
         return
-    ends = {int(match.key): match.value for match in matches(place.content.tree, "optimizer/state/*/z")}
+    ends = {int(match.key): match.value for match in matches(place.content.tree, f"{optimizer}/state/*/z")}
     betas: dict[int, float] = {}
     for group in groups:
         first = dict(items_of(group.get("betas"))).get("0", group.get("momentum"))
@@ -150,14 +172,26 @@ def schedule_free(parts: Parts, place: Place) -> None:
         parts.averages = {}
         parts.notes.append("the names of the optimizer's parameters are needed: give model= or names=")
         return
-    for position, name in zip(order, names, strict=True):
+    for position, name in zip(order, _names_in(parts.raw, names), strict=True):
         start, end = parts.raw.get(name), ends.get(position)
         if end is None:
             continue
+        if start is None:
+            raise MismatchError(f"has no weight {name!r}, of which its optimizer has a z")
         if not isinstance(start, Stored) or not isinstance(end, Stored) or start.shape != end.shape:
             raise FileFormatError(f"is damaged: z of {name!r} has not the form of its weight")
         average[name] = Between(start, end, 1 - 1 / betas[position])
         average |= {tied: average[name] for tied, leaf in parts.raw.items() if leaf == start}
+
+
+def _names_in(raw: Mapping[str, Leaf], names: Sequence[str]) -> Sequence[str]:
+    """Names of a model's parameters as they are in the file, where wrappers or a trainer's module change them."""
+    rename = renaming(raw, names)
+    found = {rename(name): name for name in raw}
+    if all(name in found for name in names):
+        return [found[name] for name in names]
+    parts = [part for part in parts_around(names[0], raw) if all(part + name in raw for name in names)]
+    return [f"{parts[0]}{name}" for name in names] if len(parts) == 1 else names
 
 
 def polyak_export(parts: Parts, place: Place) -> None:

@@ -269,8 +269,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="schedule-free",
         writer="schedule-free optimizers",
-        marks=("optimizer/state/?/z",),
         raw=WEIGHTS,
+        counters=STEPS,
+        test=odd.has_ends,
         code=odd.schedule_free,
         remark="the average lies between the weights and the z of the optimizer",
     ),
