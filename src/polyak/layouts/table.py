@@ -61,7 +61,7 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("ema_model.*",),
         test=odd.is_outermost,
         file=r"(?P<average>\d+)\.(?P<step>\d+)\.pt",
-        remark="all tensors are in float16, counters as well",
+        remark="all tensors are in one dtype, float16 unless another was chosen, counters as well",
     ),
     Layout(
         name="torch-ema",
