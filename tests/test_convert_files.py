@@ -315,6 +315,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="is the input or in it"):
             polyak.convert(tmp_path / "folder", tmp_path / "folder" / "model.safetensors", to="safetensors")
 
+    def test_a_name_twice(self, tmp_path):
+        case = cases.timm(tmp_path)
+        with pytest.raises(polyak.MismatchError, match=r"names= has '0.weight' more than once"):
+            polyak.convert(case.path, tmp_path / "out.pth", to="torch-ema", names=["0.weight", "0.weight"])
+        assert contents(tmp_path) == ["last.pth.tar"]
+
     @pytest.mark.protects
     def test_the_raw_weights_of_the_input_as_output(self, tmp_path):
         case = cases.timm(tmp_path)

@@ -245,6 +245,8 @@ class TestNames:
             match=r"checkpoint.pth' has 2 tensors without names, and there are 1 names for them: 'a'. Give the",
         ):
             polyak.read(save(tmp_path, content), names=["a"])
+        with pytest.raises(polyak.MismatchError, match="names= has 'a' more than once"):
+            polyak.read(save(tmp_path, content), names=["a", "a"])
         with pytest.raises(TypeError, match="names: a list of names of parameters is needed"):
             polyak.read(save(tmp_path, content), names="ab")
         with pytest.raises(ValueError, match="names= and model= are both given"):

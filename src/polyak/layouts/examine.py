@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 
 from polyak.containers import damaged, open_content
-from polyak.errors import FileFormatError, PolyakError
+from polyak.errors import FileFormatError, MismatchError, PolyakError, listed
 
 from .finding import Found, find_layout
 from .table import formats
@@ -30,10 +31,14 @@ def examine(
     Raises:
         FileNotFoundError: there is nothing of that name.
         FileFormatError: it is damaged, hostile, of no known layout, or could be of two.
-        MismatchError: the names are not as many as the tensors.
+        MismatchError: the names are not as many as the tensors, or one is there twice.
     """
     if format is not None and format not in formats():
         raise FileFormatError(f"format={format!r} is unknown; there are {', '.join(formats())}")
+    for given in names:
+        twice = [name for name, count in Counter(given).items() if count > 1]
+        if twice:
+            raise MismatchError(f"names= has {listed(twice)} more than once")
     content = open_content(path, skip_objects=skip_objects)
     try:
         return find_layout(
