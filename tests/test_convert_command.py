@@ -74,6 +74,8 @@ def test_names(command, as_json, tmp_path):
         (["--to", "plain", "--dtype", "half a float"], "'half a float' is no dtype; take bfloat16"),
         (["--to", "plain", "--dtype", "int8"], "floating-point tensors cannot be cast to torch.int8"),
         (["--to", "plain", "--average", "long"], "--average 'long' is not in"),
+        (["--to", "plain", "--decay", "-1"], "--decay -1.0 must be between 0 and 1"),
+        (["--to", "plain", "--decay", "nan"], "--decay nan must be between 0 and 1"),
         (["--to", "plain", "--max-shard-size", "much"], "'much' is no size; write it as 5GB"),
         (["--to", "plain", "--format", "dit"], "is not of the format 'dit'"),
         ([], "Missing option '--to'"),
@@ -87,6 +89,14 @@ def test_errors_are_told_and_write_nothing(command, arguments, message, tmp_path
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out.pth").exists()
+
+
+def test_errors_of_the_system_are_told_in_words(command, tmp_path):
+    cases.timm(tmp_path)
+    code, out, err = command(tmp_path / "last.pth.tar", tmp_path, "--to", "huggingface")
+    assert (code, out) == (2, "")
+    assert "cannot be written: there is a folder with 1 entry; choose another name" in err
+    assert "Errno" not in err
 
 
 def test_the_program(tmp_path):

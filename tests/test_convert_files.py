@@ -315,6 +315,12 @@ class TestRefused:
         with pytest.raises(ValueError, match="is the input or in it"):
             polyak.convert(tmp_path / "folder", tmp_path / "folder" / "model.safetensors", to="safetensors")
 
+    def test_a_link_to_itself_as_output(self, tmp_path):
+        case = cases.timm(tmp_path)
+        (tmp_path / "loop.pth").symlink_to(tmp_path / "loop.pth")
+        with pytest.raises(OSError, match=r"loop.pth' cannot be written: it is a link that leads to itself"):
+            polyak.convert(case.path, tmp_path / "loop.pth", to="plain")
+
     def test_a_name_twice(self, tmp_path):
         case = cases.timm(tmp_path)
         with pytest.raises(polyak.MismatchError, match=r"names= has '0.weight' more than once"):

@@ -189,7 +189,7 @@ def _check(
     if wrong:
         advice = "name it .safetensors" if layout.kind == "safetensors" else f"do not name it {target.suffix}"
         raise ValueError(f"{os.fspath(output)!r}: to={to!r} writes {what}; {advice}")
-    here, there = Path(path).resolve(), target.resolve()
+    here, there = (Path(os.path.realpath(each)) for each in (path, output))
     if here == there or here in there.parents:
         raise ValueError(f"{os.fspath(output)!r} is the input or in it, and would be written while it is read")
     return layout
@@ -199,7 +199,7 @@ def _check_is_not_read(checkpoint: Checkpoint, output: str | os.PathLike[str]) -
     """Raises where tensors come from the output itself, such as the raw weights that lie beside an average."""
     sets = [*checkpoint.averages.values(), *filter(None, [checkpoint.raw_weights])]
     files = {stored.span.path for tensors in sets for name in tensors for stored in leaves_of(tensors.leaf(name))}
-    if Path(output).resolve() in {file.resolve() for file in files}:
+    if os.path.realpath(output) in {os.path.realpath(file) for file in files}:
         raise ValueError(
             f"{os.fspath(output)!r} has weights that {str(checkpoint.path)!r} goes with; choose another name"
         )

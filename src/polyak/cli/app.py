@@ -61,8 +61,8 @@ def main() -> None:
     except BrokenPipeError:
         code = _CLOSED
     except OSError as error:
-        what = f"{os.fspath(error.filename)!r}: {error.strerror}" if error.filename and error.strerror else str(error)
-        code = _fail(what)
+        what = error.strerror if error.strerror else str(error)
+        code = _fail(f"{os.fspath(error.filename)!r}: {what}" if error.filename else what)
     except PolyakError as error:
         code = _fail(str(error))
     try:

@@ -51,7 +51,7 @@ def as_options(text: str) -> str:
     for argument, option in _OPTIONS.items():
         # A value that follows is a word of its own.
         written = rf"(?<!\w){re.escape(argument)}"
-        text = re.sub(written, option, re.sub(rf"{written}(?=['\d])", f"{option} ", text))
+        text = re.sub(written, option, re.sub(rf"{written}(?=['\w-])", f"{option} ", text))
     return text
 
 
