@@ -263,6 +263,34 @@ class TestNames:
             named = dict(model.named_parameters(remove_duplicate=False))
             assert zoo.bit_equal(dict(checkpoint.average), named)
 
+    @pytest.mark.protects
+    @pytest.mark.parametrize("when", ["before", "inside", "after"])
+    def test_what_torch_ema_keeps_of_a_swap_is_not_what_is_trained(self, tmp_path, when):
+        torch_ema = pytest.importorskip("torch_ema")
+        model = zoo.TiedTransformer()
+        next(model.parameters()).requires_grad_(False)
+        ema = torch_ema.ExponentialMovingAverage(model.parameters(), decay=0.5)
+
+        def train():
+            zoo.drift(model)
+            ema.update()
+            return zoo.clone(dict(model.named_parameters(remove_duplicate=False)))
+
+        def save_here(name):
+            return save(tmp_path, {"model": model.state_dict(), "ema": ema.state_dict()}, name)
+
+        raw, paths = train(), {"before": save_here("before.pth")}
+        expected = {"before": raw, "inside": raw}
+        with ema.average_parameters():
+            paths["inside"] = save_here("inside.pth")
+        expected["after"] = train()
+        paths["after"] = save_here("after.pth")
+        checkpoint = polyak.read(paths[when], model=model)
+        trained = {name: tensor for name, tensor in expected[when].items() if name in checkpoint.raw_weights}
+        assert trained.keys() >= checkpoint.average.keys()
+        assert zoo.bit_equal({name: checkpoint.raw_weights[name] for name in trained}, trained)
+        assert any("when the average was last put" in note for note in checkpoint.notes) == (when == "inside")
+
     def test_a_model_without_values_has_names_enough(self, tmp_path):
         with torch.device("meta"):
             model = zoo.TiedTransformer()

@@ -18,6 +18,7 @@ from .layout import STEPS, WEIGHTS, Layout, Parts, Place
 from .odd import average_keys
 from .pattern import matches, tensors, tie
 from .positions import positions_to_names
+from .standing import stands_in
 from .table import LAYOUTS
 
 _ALONE = "average"
@@ -123,7 +124,7 @@ def _parts(
     if layout.beside is not None:
         _read_beside(parts, layout, content, groups, open_beside)
     else:
-        parts.raw = _first(layout.raw, place) or (_around(place) if under else {})
+        _read_raw(parts, layout, place)
     parts.counters = _counters(layout, place, groups)
     parts.decay = _decay(layout, place, groups)
     if layout.code is not None:
@@ -183,6 +184,18 @@ def _first(patterns: Sequence[str], place: Place) -> dict[str, Leaf]:
         if found:
             return found
     return {}
+
+
+def _read_raw(parts: Parts, layout: Layout, place: Place) -> None:
+    own = _first(layout.raw, place)
+    around = _around(place) if place.under and (layout.keeps_old_raw or not own) else {}
+    parts.raw = own or around
+    if own and layout.keeps_old_raw:
+        (average,) = parts.averages.values()
+        if around and not stands_in(_in_order(average), around.values()):
+            parts.raw = around
+        else:
+            parts.notes.append("the raw weights are what they were when the average was last put into the model")
 
 
 def _read_beside(

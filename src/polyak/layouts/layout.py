@@ -57,6 +57,8 @@ class Layout:
         average: where the average is; of several places, the later ones give what the earlier ones lack. Empty:
             there is none in such files, or `code` finds it.
         raw: where the weights that are trained are, likewise.
+        keeps_old_raw: whether `raw` is what they were when the average last stood in the model. Then those beside it
+            are meant, unless the average stands in them.
         counters: where numbers are that say how far the training was. Each goes by the last part of its place.
         decay: where the decay is.
         marks: what else must be there for a file to be of this layout.
@@ -78,6 +80,7 @@ class Layout:
     writer: str
     average: tuple[str, ...] = ()
     raw: tuple[str, ...] = ()
+    keeps_old_raw: bool = False
     counters: tuple[str, ...] = ()
     decay: str | None = None
     marks: tuple[str, ...] = ()

@@ -68,6 +68,7 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="torch_ema",
         average=("shadow_params/#",),
         raw=("collected_params/#",),
+        keeps_old_raw=True,
         counters=("num_updates",),
         decay="decay",
         marks=("num_updates",),
