@@ -21,6 +21,7 @@ MODULES = [
     "sharded_flat_checks",
     "sharded_sync_checks",
     "sharded_share_checks",
+    "sharded_share_errors_checks",
 ]
 HERE = Path(__file__).parent
 
