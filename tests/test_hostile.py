@@ -283,6 +283,16 @@ class TestArchives:
         path.write_bytes(path.read_bytes().replace(b"aaaaaaaa", b"aaaabaaa"))
         refused(path, match="its data.pkl is not what was written, by its checksum")
 
+    @pytest.mark.parametrize(
+        "content",
+        [{"w": hostile.tensor(numel=1 << 62)}, {"w": b"}]Ns"}, {"w": b"}}Ns"}],
+        ids=["a storage of absurd size", "a list as a key", "a dictionary as a key"],
+    )
+    def test_loading_of_what_is_not_as_torch_saves_it(self, content, tmp_path):
+        hostile.archive(tmp_path / "x.pth", hostile.dictionary(**content))
+        with pytest.raises(REFUSED, match=r"x.pth' is damaged, and cannot be read: "):
+            polyak.load(tmp_path / "x.pth")
+
     def test_programs(self, tmp_path):
         path = hostile.archive(
             tmp_path / "x.pt", hostile.dictionary(a=b"N"), extra=[("archive/constants.pkl", b"\x80\x02).")]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyak.containers import open_content, verify
+from polyak.containers import damaged, open_content, verify
 from polyak.errors import FileFormatError
 
 from .write import replacing
@@ -111,13 +111,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         # By the content, for torch goes by the name where it can.
         with torch.serialization.safe_globals([argparse.Namespace]), open(path, "rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    except RuntimeError as error:
-        raise FileFormatError(f"{os.fspath(path)!r} is damaged, and cannot be read: {error}") from error
     except pickle.UnpicklingError as error:
         raise FileFormatError(
             f"{os.fspath(path)!r} holds objects that torch does not load without running code; polyak.read() reads the "
             "averages in it"
         ) from error
+    except OSError:
+        raise
+    # What nobody saved, but has its checksums, leads torch to any error.
+    except Exception as error:
+        raise damaged(path, error) from error
 
 
 class _Size:
