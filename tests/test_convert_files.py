@@ -156,6 +156,24 @@ class TestWhatIsMissing:
         assert polyak.read(tmp_path / "ema.pt").counters == {"step": 1_000_000, "initted": True}
         assert "the input has no number of updates; step is 1,000,000, where the warm-up is over" in done.notes
 
+    @pytest.mark.parametrize("to", ["torch", "lightning"])
+    @pytest.mark.parametrize("source", ["lightning-swa", "composer-swa", "mmengine", "mmengine-module"])
+    def test_a_copy_that_is_still_to_come_is_made_there(self, source, to, tmp_path):
+        weights, none = {"w": torch.ones(2)}, torch.tensor(0)
+        below = {"module.w": torch.ones(2)}
+        swa = {"n_averaged": 0, "average_model_state": weights, "latest_update_epoch": -1}
+        composer = {"model": weights, "algorithms": [("SWA", {"swa_model": {"n_averaged": none, **below}})]}
+        content = {
+            "lightning-swa": {"callbacks": {"StochasticWeightAveraging": swa}, "state_dict": weights},
+            "composer-swa": {"state": composer},
+            "mmengine": {"state_dict": weights, "ema_state_dict": {"steps": none, **below}},
+            "mmengine-module": {"steps": none, **below},
+        }
+        torch.save(content[source], tmp_path / "in.pth")
+        assert polyak.read(tmp_path / "in.pth").format == source
+        polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to=to)
+        assert polyak.read(tmp_path / "out.pth").counters["n_averaged"] == 0
+
     def test_decays(self, tmp_path):
         case = cases.torch_average(tmp_path)
         names = list(dict(case.model.named_parameters()))

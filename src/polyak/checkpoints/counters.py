@@ -16,7 +16,15 @@ _POSITIONAL = frozenset(layout.name for layout in LAYOUTS if layout.is_positiona
 _WARM_UPS = frozenset({"torch-ema", "litema"})
 _DIFFUSERS = frozenset({"diffusers", "diffusers-state", "simpletuner"})
 # With these the first update makes the average a copy of the weights, whatever it was before.
-_BEGIN_WITH_COPY = frozenset({"torch", "lightning", "ema-pytorch"}) | _DIFFUSERS
+_BEGIN_WITH_COPY = _DIFFUSERS | {
+    "torch",
+    "lightning",
+    "lightning-swa",
+    "composer-swa",
+    "mmengine",
+    "mmengine-module",
+    "ema-pytorch",
+}
 
 
 def is_positional(checkpoint: Checkpoint) -> bool:
