@@ -213,6 +213,13 @@ class TestLoad:
         assert 100 < refused < 400
 
     @pytest.mark.protects
+    def test_a_flipped_bit_that_makes_a_record_a_folder(self, saved):
+        content = saved.read_bytes()
+        flip(saved, content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0")) + 38, bit=4)
+        with pytest.raises(polyak.FileFormatError, match=r"data/0': is marked as a folder, of which torch.load reads"):
+            polyak.load(saved)
+
+    @pytest.mark.protects
     @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
     def test_a_file_that_is_cut_off(self, saved, kept):
         content = saved.read_bytes()

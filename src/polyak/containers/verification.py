@@ -91,6 +91,8 @@ def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = No
     return Verification(num_fitting, num_bytes, tuple(problems), tuple(notes))
 
 
+# An attribute of MS-DOS. Memory that torch.load reads nothing into has whatever was there.
+_IS_FOLDER = 0x10
 _NONE = "it is cut off, its list of records is wrong, or torch.save did not write it"
 # Each of these yields the bytes of every record that fits, a problem for every other one, and notes.
 _Results = Iterator["int | Problem | str"]
@@ -127,6 +129,9 @@ def _records(
     for record in records:
         if record.compress_type != zipfile.ZIP_STORED:
             yield Problem(path.name, record.filename, "is compressed, which torch.save never does")
+            continue
+        if record.external_attr & _IS_FOLDER:
+            yield Problem(path.name, record.filename, "is marked as a folder, of which torch.load reads nothing")
             continue
         try:
             with archive.open(record) as stream:
