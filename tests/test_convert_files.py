@@ -170,7 +170,9 @@ class TestWhatIsMissing:
             "mmengine-module": {"steps": none, **below},
         }
         torch.save(content[source], tmp_path / "in.pth")
-        assert polyak.read(tmp_path / "in.pth").format == source
+        found = polyak.read(tmp_path / "in.pth")
+        assert found.format == source
+        assert "nothing was averaged yet when it was saved" in found.notes
         polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to=to)
         assert polyak.read(tmp_path / "out.pth").counters["n_averaged"] == 0
 

@@ -31,7 +31,7 @@ _NUMBERS = {
     "bool": "<?",
     "uint8": "<B",
 }
-_UPDATES = ("n_averaged", "num_updates", "optimization_step")
+_UPDATES = ("n_averaged", "num_updates", "optimization_step", "steps")
 _FROM_NAME = ("average", "decay", "stem")
 
 
