@@ -92,6 +92,18 @@ class TestKeys:
         assert zoo.bit_equal(dict(checkpoint.average), ema)
         assert zoo.bit_equal(dict(checkpoint.raw_weights), raw)
 
+    @pytest.mark.parametrize("keys", [["callbacks", "Averages{'every': 2}"], ["callbacks", "Averages", "average"]])
+    def test_our_own_state_among_those_of_a_trainer(self, keys, tmp_path, raw):
+        average = polyak.WeightAverage(model(2.0))
+        average.update()
+        content = average.state_dict()
+        for key in reversed(keys):
+            content = {key: content, "other": {"count": 3}}
+        checkpoint = read(tmp_path, {**content, "state_dict": raw})
+        assert checkpoint.format == "polyak-state"
+        assert zoo.bit_equal(dict(checkpoint.average), average.weights())
+        assert zoo.bit_equal(dict(checkpoint.raw_weights), dict(raw))
+
     def test_what_is_passed_over_is_named(self, tmp_path, raw, ema):
         checkpoint = read(tmp_path, {"model": raw, "ema": ema, "swa": raw})
         assert "passed over, though the keys speak of averages: 'swa'" in checkpoint.notes

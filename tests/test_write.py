@@ -105,6 +105,9 @@ class TestReplacing:
     def test_a_folder_of_that_name(self, tmp_path):
         with pytest.raises(IsADirectoryError, match="it is a folder, and the name of a file is needed"):
             put(tmp_path)
+        with pytest.raises(IsADirectoryError, match="new/' cannot be written: it is a folder, and the name of a file"):
+            put(f"{tmp_path}/new/")
+        assert not list(tmp_path.iterdir())
 
     def test_a_pipe_of_that_name_stays(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")

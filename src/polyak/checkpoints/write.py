@@ -15,6 +15,7 @@ from .temporary import remove_leftovers, temporary_file, temporary_folder
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NOT_FLUSHED_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 
 @contextmanager
@@ -138,8 +139,14 @@ def _check_parent(path: str | os.PathLike[str], target: Path) -> None:
         raise FileNotFoundError(f"{os.fspath(path)!r} cannot be written: there is no folder {str(target.parent)!r}")
 
 
+def _names_a_folder(path: str | os.PathLike[str]) -> IsADirectoryError:
+    return IsADirectoryError(f"{os.fspath(path)!r} cannot be written: it is a folder, and the name of a file is needed")
+
+
 def _check_target(path: str | os.PathLike[str], target: Path) -> os.stat_result | None:
     """What is known of the file that will be replaced, or None where there is none."""
+    if os.fsdecode(path).endswith(_SEPARATORS):
+        raise _names_a_folder(path)
     _check_parent(path, target)
     try:
         before = target.stat()
@@ -148,9 +155,7 @@ def _check_target(path: str | os.PathLike[str], target: Path) -> os.stat_result 
     except OSError as error:
         raise OSError(error.errno, f"{os.fspath(path)!r} cannot be written: {error.strerror}") from error
     if stat.S_ISDIR(before.st_mode):
-        raise IsADirectoryError(
-            f"{os.fspath(path)!r} cannot be written: it is a folder, and the name of a file is needed"
-        )
+        raise _names_a_folder(path)
     if not stat.S_ISREG(before.st_mode):
         raise OSError(errno.EINVAL, f"{os.fspath(path)!r} cannot be written: it is a device or a pipe, not a file")
     if not os.access(target, os.W_OK):

@@ -16,6 +16,9 @@ from .pattern import covers, items_of, matches, tensors
 
 # What modules that average register beside their tensors: torch, ema-pytorch.
 _AVERAGES = ("n_averaged", "initted")
+_MAX_DEPTH = 3
+_MAX_INSIDE = 32
+_MAX_PLACES = 1000
 # Dictionaries that hold all the rest.
 _AROUND = ("checkpoint", "ckpt", "state", "app", "train_state", "training_state")
 
@@ -110,12 +113,20 @@ def _refines(ours: frozenset[str], theirs: frozenset[str]) -> bool:
 
 
 def _places(content: Content) -> list[tuple[str, ...]]:
-    """Where in a file a layout may begin: at the whole, at a key, or at a part of a model's names."""
+    """Where in a file a layout may begin: at the whole, at keys, or at a part of a model's names."""
     places: list[tuple[str, ...]] = [(), *((part,) for part in _parts(content.tree))]
-    for key, value in items_of(content.tree):
-        if isinstance(value, dict):
-            places += [(key,), *((key, part) for part in _parts(cast("object", value)))]
+    level: list[tuple[tuple[str, ...], object]] = [((), content.tree)]
+    for _ in range(_MAX_DEPTH):
+        inside = [((*under, key), value) for under, tree in level for key, value in _few_dictionaries(under, tree)]
+        level = inside[: max(0, _MAX_PLACES - len(places))]
+        places += [place for key, tree in level for place in (key, *((*key, part) for part in _parts(tree)))]
     return places
+
+
+def _few_dictionaries(under: tuple[str, ...], tree: object) -> list[tuple[str, object]]:
+    """Those in a tree, such as the states of Lightning's callbacks; many are those of an optimizer's parameters."""
+    found = [(key, cast("object", value)) for key, value in items_of(tree) if isinstance(value, dict)]
+    return found if not under or len(found) <= _MAX_INSIDE else []
 
 
 def _parts(tree: object) -> list[str]:
