@@ -102,12 +102,13 @@ def lost_before_a_report(rank, folder):
 
 def destroyed_too_early(rank, folder):
     model, average = _shared()
-    _, other = _sharded()
+    sharded, other = _sharded()
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     distributed.barrier()
     distributed.destroy_process_group()
     calls = [average.swap_in, average.weights, average.report, average.module, other.weights, other.report]
     calls += [lambda: other.export(folder / "never.safetensors"), average.check_in_sync]
+    calls += [lambda: polyak.WeightAverage(sharded)]
     said = {_error(call).partition(":")[0] + str("the process group was destroyed" in _error(call)) for call in calls}
     average.update(), other.update()
     with other.swapped():

@@ -10,6 +10,8 @@ import time
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import polyak
 import zoo
@@ -231,3 +233,75 @@ def no_room_for_a_swap_on_one_rank_is_an_error_on_all(folder, monkeypatch=pytest
     assert zoo.bit_equal(model.state_dict(), raw)
     with average.swapped():
         pass
+
+
+@on(2)
+def averages_are_written_to_models_that_are_alike(folder):
+    model, _ = same_on_all(lambda: nn.Conv2d(3, 8, 3))
+    average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
+    drift(0, model)
+    average.update()
+    own = distributed.get_rank() == 1
+    for change, what in (
+        ({"memory_format": torch.channels_last}, r"'weight'\."),
+        ({"dtype": torch.half}, "'weight', "),
+    ):
+        target = nn.Conv2d(3, 8, 3).to(**change if own else {})
+        kept = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+        with pytest.raises(polyak.MismatchError, match=rf"copy_to\(\): ranks gave models that differ in {what}"):
+            average.copy_to(target)
+        assert all(torch.equal(tensor, kept[name]) for name, tensor in target.state_dict().items())
+    target = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    average.copy_to(target)
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in average.weights().items())
+
+
+@on(2)
+def ranks_that_adapt_to_different_models_are_told(folder):
+    own = distributed.get_rank() == 1
+    for shares in (True, False):
+        model, _ = same_on_all(zoo.mlp)
+        added = nn.Linear(3, 3)
+        if not shares:
+            shard_whole(model), shard_whole(added)
+        average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD if shares else None)
+        average.update()
+        if own:
+            model.add_module("extra", added)
+        average.adapt()
+        for call in (average.weights, average.report) + (average.swap_in,) * shares:
+            with pytest.raises(polyak.MismatchError, match=r"ranks average different tensors, as after an adapt\(\)"):
+                call()
+        assert not average.is_swapped
+
+
+@on(2)
+def no_room_for_averages_on_one_rank_is_an_error_on_all(folder, monkeypatch=pytest.MonkeyPatch):
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    model, _ = same_on_all(zoo.mlp)
+    own = distributed.get_rank() == 0
+    for shares in (True, False):
+        options = {"shard_over": distributed.group.WORLD} if shares else {}
+        if not shares:
+            shard_whole(model)
+        with monkeypatch.context() as patch:
+            if own:
+                patch.setattr("polyak.store.modes.Modes.average_of", no_room)
+            with pytest.raises(torch.OutOfMemoryError if own else polyak.StateError):
+                polyak.WeightAverage(model, **options)
+        polyak.WeightAverage(model, **options).update()
+
+
+@on(2)
+def models_cut_along_different_dimensions_are_told_apart(folder):
+    own = distributed.get_rank() == 1
+    model = nn.Linear(4, 4)
+    shard_whole(model, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1 if own else 0))
+    with pytest.raises(polyak.MismatchError, match=r"the tensors of the model, or rules=: ranks 0 against 1"):
+        polyak.WeightAverage(model)
+
+
+def shard_whole(model, **options):
+    return fully_shard(model, mesh=mesh_of(2), **options)

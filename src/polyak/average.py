@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from polyak.attach import Attachment, check_optimizers
 from polyak.clock import Clock
+from polyak.collectives import all_or_none, meshes_of
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules
 from polyak.errors import StateError, listed
@@ -123,14 +124,18 @@ class WeightAverage:
                 "averages are not kept in 16 bits, not looked at for NaNs, and not shared; leave out what of these was "
                 "given, or shard the model by fully_shard (FSDP2)"
             )
-        store = LocalStore(
-            source.entries,
-            profiles,
-            modes=modes,
-            device=None if device is None else torch.device(device),
-            replicas=None if shard_over is None else Replicas(shard_over, source.entries),
-        )
-        self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
+        replicas = None if shard_over is None else Replicas(shard_over, source.entries)
+        lying = [entry.sharding if replicas is None else replicas.sharding_of(entry) for entry in source.entries]
+        # It takes memory, and a rank which has none must say so before others compare themselves with it.
+        with all_or_none(meshes_of(sharding for sharding in lying if sharding is not None), "WeightAverage()"):
+            store = LocalStore(
+                source.entries,
+                profiles,
+                modes=modes,
+                device=None if device is None else torch.device(device),
+                replicas=replicas,
+            )
+            self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
         check_alike(self._core)
 
     @property

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from polyak.collectives import all_or_none, any_rank, apart, given_by_all, is_initialized
+from polyak.collectives import all_or_none, any_rank, apart, given_by_all, is_initialized, messages
 from polyak.core import Core
 from polyak.entries import Entry
 from polyak.errors import MismatchError, StateError, listed
@@ -60,14 +60,11 @@ def check_alike(core: Core) -> None:
     meshes = core.store.meshes
     if not meshes:
         return
-    # Plain tensors are each rank's own business: experts of a mixture may well be others elsewhere.
-    shardings = core.store.shardings
     found: list[str] = []
     for mesh in reversed(meshes):
-        # So are sharded ones of ranks outside of their mesh.
-        over = [e for e in core.source.entries if e.name in shardings and shardings[e.name].mesh == mesh]
-        mine = dict(_settings(core, over))
-        groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+        mine = dict(_settings(core, _entries_over(core, mesh)))
+        with messages():
+            groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
         found += [name for group in groups for name in _differences(given_by_all(mine, group))]
     if any_rank(len(found) > 0, meshes):
         what = listed(dict.fromkeys(found), quoted=False) or "others than this one"
@@ -98,13 +95,20 @@ def together(core: Core, call: str, *asked: object, sends: bool = True) -> Gener
         yield
     numbers = [_number((core.clock.state(), core.store.pending)), _number((call.partition("(")[0], asked))]
     # Meshes may cross, so that each rank sees those along its own lines only, and hears of the rest.
-    seen = [position for mesh in meshes for position in apart(numbers, mesh)]
+    seen = [
+        position
+        for mesh in meshes
+        for position in apart([*numbers, _number(_kinds(core, _entries_over(core, mesh)))], mesh)
+    ]
     if any_rank(len(seen) > 0, meshes[:-1]):
-        difference = (
-            f"ask for different things, this one for {', '.join(map(str, asked)) or call}"
-            if 1 in seen
-            else f"have made different updates, this one {core.clock.num_updates} until time {core.clock.time:g}"
-        )
+        if 1 in seen:
+            difference = f"ask for different things, this one for {', '.join(map(str, asked)) or call}"
+        elif 2 in seen:
+            difference = "average different tensors, as after an adapt() on some of them"
+        else:
+            difference = (
+                f"have made different updates, this one {core.clock.num_updates} until time {core.clock.time:g}"
+            )
         raise MismatchError(
             f"{call}: ranks {difference}, so that their parts do not belong together. Nothing was written. Every rank "
             "must make the same calls"
@@ -117,6 +121,26 @@ def _number(state: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "big")
 
 
+def check_targets(core: Core, call: str, targets: Mapping[str, Tensor]) -> None:
+    """Raises on every rank where ranks that share averages are about to write them to tensors of another kind.
+
+    Raises:
+        MismatchError: ranks differ.
+        StateError: a message failed.
+    """
+    replicas = core.store.replicas
+    if replicas is None:
+        return
+    # Messages hold numbers as they lie in memory.
+    kinds = {name: _number((targets[name].dtype, targets[name].stride())) for name in core.store.shared}
+    found = [list(kinds)[position] for position in apart(list(kinds.values()), replicas.mesh)]
+    if any_rank(len(found) > 0, core.store.meshes):
+        raise MismatchError(
+            f"{call}: ranks gave models that differ in {listed(found) or 'tensors, others than this one'}. Those that "
+            "share averages need models of the same dtypes, in the same order in memory. Nothing was written"
+        )
+
+
 def check_replicas(core: Core, call: str) -> None:
     """Raises on every rank where ranks that share the averages of one model have other weights.
 
@@ -127,7 +151,7 @@ def check_replicas(core: Core, call: str) -> None:
     replicas = core.store.replicas
     if replicas is None:
         return
-    weights = {e.name: e.local for e in core.source.entries if e.is_parameter and e.action == "average"}
+    weights = {e.name: e.local for e in core.source.entries if _is_weight(e)}
     # Messages hold numbers as they lie in memory.
     strides = [_number(tensor.stride()) for tensor in weights.values()]
     sums = checksums(list(weights.values()))
@@ -141,14 +165,39 @@ def check_replicas(core: Core, call: str) -> None:
         )
 
 
+def _entries_over(core: Core, mesh: Any) -> list[Entry]:
+    """What all ranks of a mesh must have alike.
+
+    Other plain tensors are each rank's own business: experts of a mixture may well be others elsewhere. So are sharded
+    ones of ranks outside of their mesh.
+    """
+    shardings, replicas = core.store.shardings, core.store.replicas
+    replicated = replicas is not None and replicas.mesh == mesh
+    return [
+        e
+        for e in core.source.entries
+        if (shardings[e.name].mesh == mesh if e.name in shardings else replicated and _is_weight(e))
+    ]
+
+
+def _is_weight(entry: Entry) -> bool:
+    return entry.is_parameter and entry.action == "average"
+
+
+def _kinds(core: Core, entries: Sequence[Entry]) -> list[tuple[object, ...]]:
+    # The shapes of stretches are each rank's own.
+    shapes = [() if core.source.flat_rank else tuple(e.shape) for e in entries]
+    return [
+        (e.name, e.aliases, e.action, str(e.dtype), shape, None if e.sharding is None else e.sharding.placements)
+        for e, shape in zip(entries, shapes, strict=True)
+    ]
+
+
 def _settings(core: Core, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
     """What all ranks must have alike."""
     store = core.store
     shared = store.shared
-    # The shapes of stretches are each rank's own.
-    shapes = [() if core.source.flat_rank else tuple(e.shape) for e in entries]
-    kinds = [(e.name, e.aliases, e.action, str(e.dtype), shape) for e, shape in zip(entries, shapes, strict=True)]
-    yield "the tensors of the model, or rules=", ("", repr(kinds))
+    yield "the tensors of the model, or rules=", ("", repr(_kinds(core, entries)))
     yield "the profiles", ("", repr(core.profiles))
     yield "every= or start=", ("", repr((core.clock.every, core.clock.start)))
     yield "dtype=, compensated= or seed=", ("", repr(store.modes))

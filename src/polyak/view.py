@@ -18,7 +18,7 @@ from polyak.profiles import Profile
 from polyak.shards import local
 from polyak.source import Watch, match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
-from polyak.syncing import together
+from polyak.syncing import check_targets, together
 
 
 class AverageView:
@@ -115,7 +115,8 @@ class AverageView:
             model: any module with the same tensors, bare or wrapped; where it is the source, its weights are lost.
 
         Raises:
-            MismatchError: the model has other tensors. Nothing has changed.
+            MismatchError: the model has other tensors; or ranks that share averages gave models of other dtypes or
+                orders in memory. Nothing has changed.
             StateError: an average stands in the source.
         """
         core = self._core
@@ -124,10 +125,12 @@ class AverageView:
             core.verify()
             entries = core.source.entries
             found = match_sites(model, entries, given_by="the given model")
+        targets = {entry.name: local(found[entry.name][0].tensor) for entry in entries}
+        check_targets(core, "copy_to()", targets)
         tensors = core.store.tensors(self.name)
         with torch.no_grad():
             core.store.write_to(
-                {entry.name: local(found[entry.name][0].tensor) for entry in entries},
+                targets,
                 {entry.name: tensors.get(entry.name, entry.local) for entry in entries},
             )
 
