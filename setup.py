@@ -10,7 +10,7 @@ FOLDER = "src/polyak/kernels/native"
 # is not linked: its functions are found in the runtime that torch has loaded, so that there is one set of threads.
 native = Extension(
     "polyak.kernels.native._native",
-    [f"{FOLDER}/update.c", f"{FOLDER}/memory.c"],
+    [f"{FOLDER}/update.c", f"{FOLDER}/memory.c", f"{FOLDER}/look.c"],
     depends=[f"{FOLDER}/common.h"],
     extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"],
     libraries=["m"],

@@ -147,7 +147,7 @@ class TestTime:
         [
             ({"every": 0}, "every=0: an update is made every 1, 2, 3"),
             ({"every": 2.0}, "every=2.0"),
-            ({"start": -1}, "start=-1.0: the start is a finite time"),
+            ({"start": -1}, "start=-1: the start is a finite time"),
             ({"start": float("inf")}, "start=inf"),
             ({"profile": 0.999}, r"0.999 is not a profile, .*; for a decay, polyak.Exponential\(0.999\)"),
             ({"profile": {}}, "at least one profile is needed"),

@@ -11,9 +11,9 @@ import pytest
 import polyak
 
 # Each room imports from those before it. Whatever is not named here stands at the end, and nobody imports it.
-ROOMS = """errors names profiles containers layouts inspection kernels shards collectives resharding entries source
-replicas gathering store checkpoints adapters clock attach modules core syncing swapping state report exporting view
-average batchnorm targets"""
+ROOMS = """errors names profiles containers layouts inspection kernels shards collectives resharding entries watch
+source replicas gathering store checkpoints adapters clock attach modules core syncing swapping state report exporting
+view average batchnorm targets"""
 HOUSE = [*ROOMS.split(), "model_ema", "cli", "__init__"]
 WITHOUT_TORCH = ["errors", "names", "profiles", "containers", "layouts", "inspection", "clock"]
 SOURCE = Path(polyak.__file__).parent

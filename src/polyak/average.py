@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from polyak.attach import Attachment, check_optimizers
-from polyak.clock import Clock
+from polyak.clock import make_clock
 from polyak.collectives import all_or_none, meshes_of
 from polyak.core import Core, NonFinite
 from polyak.entries import Rules
@@ -115,7 +115,7 @@ class WeightAverage:
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
         profiles = named_profiles(profile)
-        clock = Clock(every=every, start=float(start) if type(start) is int else start)
+        clock = make_clock(every=every, start=start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
         modes = Modes(dtype, compensated, seed)
         if source.flat_rank is not None and (modes.is_stochastic or nonfinite != "propagate" or shard_over is not None):

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from polyak.errors import StateError
 from polyak.profiles import Profile
 
 
-@dataclass(frozen=True)
-class Clock:
-    """A moment on the time axis of one average.
+class Clock(NamedTuple):
+    """A moment on the time axis of one average. `make_clock` makes the first one.
 
     Attributes:
         every: how many calls make one update.
@@ -31,14 +29,6 @@ class Clock:
     updated_at: float = 0.0
     num_calls: int = 0
     num_updates: int = 0
-
-    def __post_init__(self) -> None:
-        if type(self.every) is not int or self.every < 1:
-            raise ValueError(f"every={self.every!r}: an update is made every 1, 2, 3, ... calls")
-        if isinstance(self.start, bool) or not isinstance(self.start, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
-            raise TypeError(f"start={self.start!r}: a number is needed, in units of the time axis")
-        if not 0 <= self.start < math.inf:
-            raise ValueError(f"start={self.start!r}: the start is a finite time, 0 or later, in units of the time axis")
 
     def tick(self, at: float | None) -> Clock:
         """The clock after one more call.
@@ -61,15 +51,8 @@ class Clock:
             )
         num_calls = self.num_calls + 1
         due = num_calls % self.every == 0
-        return Clock(
-            every=self.every,
-            start=self.start,
-            axis=axis,
-            time=time,
-            updated_at=time if due else self.updated_at,
-            num_calls=num_calls,
-            num_updates=self.num_updates + due,
-        )
+        updated_at = time if due else self.updated_at
+        return Clock(self.every, self.start, axis, time, updated_at, num_calls, self.num_updates + due)
 
     def growth(self, profile: Profile, previous: float) -> float:
         """The growth of a profile from an earlier time of this clock to its last update."""
@@ -96,6 +79,22 @@ class Clock:
             "num_calls": self.num_calls,
             "num_updates": self.num_updates,
         }
+
+
+def make_clock(*, every: int, start: float) -> Clock:
+    """The clock of an average that was never updated.
+
+    Raises:
+        TypeError: the start is not a number.
+        ValueError: the start is not finite or negative, or `every` is not a positive integer.
+    """
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every={every!r}: an update is made every 1, 2, 3, ... calls")
+    if isinstance(start, bool) or not isinstance(start, (int, float)):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        raise TypeError(f"start={start!r}: a number is needed, in units of the time axis")
+    if not 0 <= start < math.inf:
+        raise ValueError(f"start={start!r}: the start is a finite time, 0 or later, in units of the time axis")
+    return Clock(every, float(start))
 
 
 def _number(at: object) -> float:

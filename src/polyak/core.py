@@ -5,20 +5,21 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
-from polyak.clock import Clock
+from polyak.clock import Clock, make_clock
 from polyak.collectives import Question, any_rank
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
 from polyak.profiles import Profile
-from polyak.source import Source, Watch
+from polyak.source import Source
 from polyak.store import LocalStore, Step
+from polyak.watch import Watch
 
 NonFinite: TypeAlias = Literal["raise", "skip", "propagate"]
 
@@ -111,7 +112,8 @@ class Core:
             return
         clock = self.clock.tick(at)
         if clock.num_updates > self.clock.num_updates:
-            growth = {name: clock.growth(profile, self.clock.updated_at) for name, profile in self.profiles.items()}
+            since = self.clock.updated_at
+            growth = [clock.growth(profile, since) for profile in self.profiles.values()]
             self.follow_source()
             # One device does not know what others have found.
             late = look and not self.store.meshes and self.store.decides_late(self.clock.num_updates)
@@ -120,7 +122,7 @@ class Core:
             fit = late or not look or self._check_finite()
             if not (fit and self.store.submit(Step(growth, clock.num_updates, late))):
                 # As if no update had been due: the next one reaches back to the last that was made.
-                clock = replace(clock, updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
+                clock = clock._replace(updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
         self.clock = clock
 
     def _capture(self, at: float | None, *, look: bool) -> None:
@@ -180,7 +182,7 @@ class Core:
         """Learns how many updates were made, from the device or worker that decides about them; waits for it."""
         number = self.store.catch_up()
         if number is not None:
-            self.clock = replace(self.clock, num_updates=number)
+            self.clock = self.clock._replace(num_updates=number)
 
     def _raise_late(self) -> None:
         """Raises for an earlier update that was left out, as soon as that is known without waiting for it."""
@@ -198,7 +200,8 @@ class Core:
 
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""
-        self.check_live()
+        if self.live:
+            self.check_live()
         if self.source.is_current() or (self.source.reshard() and self.source.is_current()):
             self.source.check_frozen()
             # Nothing but where it was interrupted, or had no memory, when the tensors were replaced.
@@ -220,7 +223,7 @@ class Core:
         """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
         self._refresh()
         self.store.begin()
-        self.clock = Clock(every=self.clock.every, start=self.clock.start)
+        self.clock = make_clock(every=self.clock.every, start=self.clock.start)
         self.begin()
 
     def verify_values(self) -> None:

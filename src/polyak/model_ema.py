@@ -78,8 +78,8 @@ class ModelEma:
         device: torch.device | str | int | None = "",
         resume: str | os.PathLike[str] = "",
     ) -> None:
-        Exponential(decay)
         self.decay = decay
+        self._growth: tuple[float, float] = decay, Exponential(decay).growth(0.0, 1.0)
         self.device = device
         self.ema_has_module = hasattr(model, "module")
         chosen = None if device is None or device == "" else torch.device(device)
@@ -115,7 +115,8 @@ class ModelEma:
         Raises:
             MismatchError: the model or the average has other tensors than at first. Nothing was written.
         """
-        growth = Exponential(self.decay).growth(0.0, 1.0)
+        if self.decay is not self._growth[0]:
+            self._growth = self.decay, Exponential(self.decay).growth(0.0, 1.0)
         if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
             raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
         check_not_standing(unwrap(model), "update()")
@@ -125,7 +126,7 @@ class ModelEma:
             self._follow_average()
         self._store.bind(self._source.entries)
         self._num_updates += 1
-        self._store.submit(Step({_PROFILE: growth}, self._num_updates))
+        self._store.submit(Step(self._growth[1:], self._num_updates))
 
     def _follow_average(self) -> None:
         """Takes the tensors that `ema` has now for the store's, after somebody moved or replaced them."""

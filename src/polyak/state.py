@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -167,7 +166,7 @@ def _check_format(state: Mapping[str, Any]) -> None:
 
 def _read_clock(clock: Clock, saved: Mapping[str, Any]) -> Clock:
     try:
-        read = replace(clock, **saved)
+        read = clock._replace(**saved)
         times, counts = (read.time, read.updated_at), (read.num_calls, read.num_updates)
         right = all(type(time) is float for time in times) and all(type(count) is int for count in counts)
         right = right and read.axis in (None, "calls", "at") and 0 <= read.updated_at <= read.time < math.inf

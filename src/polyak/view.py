@@ -16,9 +16,10 @@ from polyak.kernels import check_floating_point
 from polyak.modules import build_module
 from polyak.profiles import Profile
 from polyak.shards import local
-from polyak.source import Watch, match_sites
+from polyak.source import match_sites
 from polyak.swapping import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
 from polyak.syncing import check_targets, together
+from polyak.watch import Watch
 
 
 class AverageView:

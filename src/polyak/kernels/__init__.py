@@ -14,11 +14,14 @@ from .halves import exchange_halves as exchange_halves
 from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
 from .journal import exchange as exchange
+from .memory import counted_together as counted_together
 from .memory import identity as identity
 from .memory import is_freed as is_freed
 from .memory import is_plain as is_plain
 from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
+from .native import Look as Look
+from .native import can_look as can_look
 from .pieces import flat_parts as flat_parts
 from .pieces import is_dense as is_dense
 from .pieces import parts_of as parts_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,6 +63,33 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return is_plain(tensor) and any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
+
+
+def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The same memory in tensors that share version counters, so that one call says that all of them have changed.
+
+    A graph that needs one of them as it was notices that any of them has changed.
+
+    Returns:
+        For each tensor another one; and one tensor for each counter, for `torch.autograd.graph.increment_version`.
+
+    Example:
+        >>> (one, other), counters = counted_together([torch.zeros(2), torch.ones(3)])
+        >>> torch.autograd.graph.increment_version(counters)
+        >>> one._version, other._version
+        (1, 1)
+    """
+    counters: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    made: list[Tensor] = []
+    for tensor in tensors:
+        kind = tensor.dtype, tensor.device
+        if kind not in counters:
+            counters[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        # A tensor made of another one shares its counter, also after `set_` has given it other memory.
+        made.append(torch.Tensor._make_subclass(Tensor, counters[kind]))
+        with torch.no_grad():
+            cast("Any", made[-1]).set_(tensor)
+    return made, list(counters.values())
 
 
 def span(tensor: Tensor) -> tuple[str, int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from polyak.collectives import meshes_of
 from polyak.entries import Entry
 from polyak.errors import StateError, listed
 from polyak.gathering import gathering
-from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, is_dense
+from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, counted_together, is_dense
 from polyak.replicas import Replicas, Share
 from polyak.store.guard import Guard
 from polyak.store.host import Host
@@ -77,20 +78,34 @@ class LocalStore:
                 }
                 for profile, averages in self.averages.items()
             }
+            self._counted = frozenset(entry.name for entry in averaged if entry.is_parameter)
+            self._counters = self._count_together()
         self.copies: dict[str, Tensor] = {}
         self.swap: Swap | None = None
         self.pending = dict.fromkeys(self.averages, 0.0)
         self.bind(entries)
         self.begin()
 
+    def _count_together(self) -> list[Tensor]:
+        """Gives the averages of parameters version counters in common, so that modules which hold them cost no time.
+
+        Buffers keep their own, for a module in training mode writes to them while a graph holds its parameters.
+        """
+        places = [(averages, name) for averages in self.averages.values() for name in self._counted]
+        tensors, counters = counted_together([averages[name] for averages, name in places])
+        for (averages, name), tensor in zip(places, tensors, strict=True):
+            averages[name] = tensor
+        return counters
+
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
         # A plan holds addresses, which are this object's alone.
         derived = {"plan", "guard", "_host", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
+        derived.add("_counters")
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _entries=None, guard=None, _host=None)
+        vars(self).update(state, _entries=None, guard=None, _host=None, _counters=[])
         self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
@@ -184,8 +199,11 @@ class LocalStore:
         self.plan = Plan(rows, seed=self.modes.seed) if self._host is None else self._host.plan
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
         self._copying = Copies(*self._copy_pairs)
-        self._written = [tensor for averages in self.averages.values() for tensor in averages.values()]
-        self._written += self.copies.values()
+        counted = self._counted if self._counters else frozenset[str]()
+        self._written = [*self._counters, *self.copies.values()]
+        self._written += [
+            tensor for averages in self.averages.values() for name, tensor in averages.items() if name not in counted
+        ]
         self._finite_test: FiniteTest | None = None
         if self.guard is not None:
             self.catch_up()
@@ -215,7 +233,7 @@ class LocalStore:
     def begin(self) -> None:
         """Takes the sources as the averages, with nothing pending."""
         self.resume(dict.fromkeys(self.averages, 0.0))
-        self.submit(Step(dict.fromkeys(self.averages, math.inf), 0))
+        self.submit(Step([math.inf] * len(self.averages), 0))
         self.catch_up()
 
     def resume(self, pending: Mapping[str, float]) -> None:
@@ -239,13 +257,13 @@ class LocalStore:
             if self.lent:
                 self.catch_up()
         elif self.guard is not None:
-            self.guard.add(list(step.growth.values()))
+            self.guard.add(step.growth)
             self.guard.run(look=step.look)
         else:
-            pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
-            self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
+            pending = map(operator.add, self.pending.values(), step.growth)
+            self.plan.run([-math.expm1(-growth) for growth in pending], step.number)
             self._copying.run()
-            self.pending = dict.fromkeys(pending, 0.0)
+            self.pending = dict.fromkeys(self.pending, 0.0)
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
             torch.autograd.graph.increment_version(self._written)
@@ -368,6 +386,7 @@ class LocalStore:
         """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""
         (profile,) = self.averages
         self._entries = None
+        self._counters = []
         self.settle()
         for name in self.averages[profile]:
             self.averages[profile][name] = tensors[name]

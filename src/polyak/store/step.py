@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """One update.
 
     Attributes:
-        growth: for each profile, `log(g(now) / g(previous))` since the update before; math.inf forgets everything.
+        growth: for each profile, in their order, `log(g(now) / g(previous))` since the update before; math.inf forgets
+            everything.
         number: the count of updates with this one, from 1.
         look: whether the update is left out where a source holds an infinity or a NaN; only a device decides so.
     """
 
-    growth: Mapping[str, float]
+    growth: Sequence[float]
     number: int
     look: bool = False

@@ -69,7 +69,7 @@ def apply(ledger: Ledger, staged: Staged, copied: Copied, step: Step) -> None:
             return
         with record_function("polyak: update on the host"):
             number = step.number if ledger.made is None else ledger.made + 1
-            pending = [old + new for old, new in zip(ledger.pending, step.growth.values(), strict=True)]
+            pending = [old + new for old, new in zip(ledger.pending, step.growth, strict=True)]
             bad = staged.non_finite() if step.look else []
             if bad:
                 ledger.pending, ledger.made = pending, number - 1

@@ -1,6 +1,8 @@
 """The kernels in C, for tensors on a CPU that fill their memory without gaps."""
 
 from .compiled import library as library
+from .look import Look as Look
+from .look import can_look as can_look
 from .memory import copy as copy
 from .memory import enter_halves as enter_halves
 from .memory import exchange as exchange

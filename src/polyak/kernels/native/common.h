@@ -10,6 +10,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#include <time.h>
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -43,9 +44,16 @@ INLINE int vectors(void) { return 0; }
         choices[vectors()] ARGUMENTS;                                                                                  \
     }
 
-#define PARALLEL _Pragma("omp parallel for schedule(dynamic, 8) num_threads(num_threads) if (num_threads > 1)")
+#define PARALLEL _Pragma("omp parallel for schedule(guided) num_threads(num_threads) if (num_threads > 1)")
 
 #define POINTER(TYPE, ADDRESS) ((TYPE *)(intptr_t)(ADDRESS))
+
+INLINE int64_t nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
 
 INLINE uint32_t bits_of(float number)
 {

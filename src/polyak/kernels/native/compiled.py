@@ -10,12 +10,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from polyak.errors import outside
-
-# A thread more for each of these: waking one costs about as much as that many elements.
-_ELEMENTS_PER_THREAD = 1 << 15
 
 
 @functools.cache
@@ -48,8 +43,3 @@ def function(name: str, *arguments: Any) -> Callable[..., None]:
     found.argtypes = arguments
     found.restype = None
     return found
-
-
-def num_threads(num_elements: int) -> int:
-    """As many threads as torch has, and fewer where there is little to do."""
-    return min(torch.get_num_threads(), 1 + num_elements // _ELEMENTS_PER_THREAD)

@@ -12,7 +12,8 @@ from torch import Tensor
 from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
 from polyak.kernels.native.chunks import cut_into_chunks
-from polyak.kernels.native.compiled import function, library, num_threads
+from polyak.kernels.native.compiled import function, library
+from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
 
 Rows = Sequence[tuple[Tensor, Tensor]]
@@ -56,7 +57,7 @@ class _Call:
         self._num_elements = sum(row[0].numel() for row in rows)
 
     def __call__(self) -> None:
-        threads = num_threads(self._num_elements)
+        threads = CREW.size(self._num_elements)
         self._function(self._table.data_ptr(), len(self._table), self.results.data_ptr(), threads)
 
 

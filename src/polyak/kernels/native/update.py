@@ -10,7 +10,8 @@ from torch import Tensor
 
 from polyak.kernels import fractions
 from polyak.kernels.native.chunks import cut_into_chunks
-from polyak.kernels.native.compiled import function, num_threads
+from polyak.kernels.native.compiled import function
+from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
@@ -34,6 +35,16 @@ def is_supported(row: Row) -> bool:
     )
 
 
+class _Update(ctypes.Structure):
+    """The structure of this name in update.c."""
+
+    _fields_ = (
+        ("table", ctypes.c_void_p), ("num_chunks", ctypes.c_int64), ("num_profiles", ctypes.c_int64),
+        ("weights", ctypes.c_void_p), ("step", ctypes.c_uint64), ("num_threads", ctypes.c_int64),
+        ("nanoseconds", ctypes.c_int64),
+    )  # fmt: skip
+
+
 class Native:
     """A table of chunks in memory, made once; the C function goes through it at each update.
 
@@ -46,20 +57,24 @@ class Native:
         names = [rows[0].mode.replace("plain", "lerp"), _name(source.dtype)]
         if rows[0].mode != "compensated":
             names.append(_name(average.dtype))
-        pointer, count = ctypes.c_void_p, ctypes.c_int64
-        self._update = function("_".join(names), pointer, count, count, pointer, ctypes.c_uint64, ctypes.c_int)
+        self._function = function("_".join(names), ctypes.c_void_p)
         self._tensors = [row.tensors for row in rows]  # addresses stay valid as long as these live
         self._num_elements = sum(row.source.numel() for row in rows)
         self._table = _table(rows)
         self._weights = (ctypes.c_double * len(rows[0].averages))()
-        self._arguments = (
-            self._table.data_ptr(), len(self._table), len(self._weights), ctypes.addressof(self._weights),
-        )  # fmt: skip
+        self._update = _Update(
+            self._table.data_ptr(), len(self._table), len(self._weights), ctypes.addressof(self._weights)
+        )
+        self._address = ctypes.addressof(self._update)
 
     def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
+        update, threads = self._update, CREW.size(self._num_elements)
         self._weights[:] = weights
-        self._update(*self._arguments, step, num_threads(self._num_elements))
+        update.step, update.num_threads = step, threads
+        self._function(self._address)
+        if threads > 1:
+            CREW.took(update.nanoseconds, self._num_elements)
 
 
 def _table(rows: Sequence[Row]) -> Tensor:

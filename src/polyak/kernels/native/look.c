@@ -1,0 +1,176 @@
+/* Whether dictionaries hold the objects that they held under the same keys, and tensors the memory, dtypes and layouts
+ * that they had.
+ *
+ * Python is asked through functions of its stable ABI, and torch through those that it keeps for compiled models
+ * (torch/csrc/inductor/aoti_torch/c/shim.h: "you MUST MAINTAIN ABI compatibility"). All come in as pointers, so that
+ * this file is linked against neither. torch's functions take the address of a C++ tensor, which is a part of the
+ * Python object: the caller finds out where in it, and tries whether changes are seen.
+ *
+ * The caller has Python's lock, and holds every dictionary and object of a table. Only an object that is the one in the
+ * table is looked into.
+ */
+#include "common.h"
+
+typedef struct _object PyObject;
+
+/* How Python and torch are asked. */
+typedef struct {
+    intptr_t (*dict_size)(PyObject *dictionary);
+    int (*dict_next)(PyObject *dictionary, intptr_t *position, PyObject **key, PyObject **value);
+    PyObject *(*get_attribute)(PyObject *object, PyObject *name);
+    void (*release)(PyObject *object);
+    void (*clear_error)(void);
+    int32_t (*data_ptr)(void *tensor, void **found);
+    int32_t (*dim)(void *tensor, int64_t *found);
+    int32_t (*sizes)(void *tensor, int64_t **found);
+    int32_t (*strides)(void *tensor, int64_t **found);
+    int32_t (*dtype)(void *tensor, int32_t *found);
+    int64_t offset;        /* of the C++ tensor in the Python object */
+    PyObject *local_tensor; /* the name of the attribute that holds the local part of a DTensor */
+} Api;
+
+/* Some entries of a dictionary, from a position on, as many as one thread takes at once; and where it keeps them, which
+ * is only fetched ahead, whatever is there. */
+typedef struct {
+    PyObject *dictionary;
+    int64_t size, count, first; /* of the dictionary; of these entries; the number of the first of them in all */
+    intptr_t position;
+    const char *entries;
+} Holder;
+
+/* One entry of a dictionary. Of a tensor also: the plain tensor that it is or has here, where that lies and how; and two
+ * addresses inside of torch, which are only fetched ahead. */
+typedef struct {
+    PyObject *key, *object, *plain;
+    uint64_t place, layout;
+    const char *implementation, *storage;
+} Seen;
+
+typedef struct {
+    const Api *api;
+    Holder *holders;
+    int64_t num_holders;
+    Seen *seen;
+    int64_t num_seen;
+    int64_t num_threads;
+    int64_t nanoseconds; /* that the look took, if several threads looked */
+} Look;
+
+/* Entries whose lines are on their way while others are compared. */
+#define AHEAD 16
+#define LINE 64
+
+INLINE void fetch(const char *start, int64_t num_bytes)
+{
+    for (const char *line = start; line < start + num_bytes; line += LINE)
+        __builtin_prefetch(line);
+    __builtin_prefetch(start + num_bytes - 1);
+}
+
+INLINE uint64_t mixed(uint64_t sum, uint64_t number)
+{
+    sum = (sum ^ number) * 0x9E3779B97F4A7C15u;
+    return sum ^ (sum >> 32);
+}
+
+/* Not 0 where torch cannot say. */
+INLINE int32_t find(const Api *api, PyObject *plain, uint64_t *place, uint64_t *layout)
+{
+    void *tensor = (char *)plain + api->offset, *address = 0;
+    int64_t num_dims = 0, *sizes = 0, *strides = 0;
+    int32_t dtype = 0, wrong = api->data_ptr(tensor, &address);
+    wrong |= api->dim(tensor, &num_dims) | api->dtype(tensor, &dtype);
+    wrong |= api->sizes(tensor, &sizes) | api->strides(tensor, &strides);
+    if (wrong)
+        return wrong;
+    uint64_t sum = mixed((uint64_t)(uint32_t)dtype, (uint64_t)num_dims);
+    for (int64_t i = 0; i < num_dims; i++)
+        sum = mixed(mixed(sum, (uint64_t)sizes[i]), (uint64_t)strides[i]);
+    *place = (uint64_t)(intptr_t)address;
+    *layout = sum;
+    return 0;
+}
+
+/* Notes where tensors lie now, and how, and where stretches of a dictionary begin. The number of the first tensor that
+ * torch cannot tell of, or -1. */
+EXPORT int64_t polyak_begin_look(const Look *look)
+{
+    const Api *api = look->api;
+    for (int64_t i = 0; i < look->num_seen; i++) {
+        Seen *each = look->seen + i;
+        if (each->plain && find(api, each->plain, &each->place, &each->layout))
+            return i;
+    }
+    intptr_t position = 0;
+    for (int64_t i = 0; i < look->num_holders; i++) {
+        Holder *holder = look->holders + i;
+        position = i && holder->dictionary == holder[-1].dictionary ? position : 0;
+        holder->position = position;
+        PyObject *key, *value;
+        for (int64_t k = 0; k < holder->count; k++)
+            api->dict_next(holder->dictionary, &position, &key, &value);
+    }
+    return -1;
+}
+
+/* Whether a DTensor still has this local part; the caller holds the one that it should be. */
+static int is_local(const Api *api, PyObject *value, const PyObject *plain)
+{
+    PyObject *found = api->get_attribute(value, api->local_tensor);
+    if (found)
+        api->release(found);
+    else
+        api->clear_error();
+    return found == plain;
+}
+
+static int is_same(const Look *look, const Holder *holder)
+{
+    const Api *api = look->api;
+    const Seen *last = look->seen + look->num_seen;
+    if (holder + AHEAD < look->holders + look->num_holders) {
+        __builtin_prefetch(holder[AHEAD].dictionary);
+        if (holder[AHEAD].count)
+            fetch(holder[AHEAD].entries, 128);
+    }
+    if (api->dict_size(holder->dictionary) != holder->size)
+        return 0;
+    intptr_t position = holder->position;
+    for (const Seen *each = look->seen + holder->first; each < look->seen + holder->first + holder->count; each++) {
+        PyObject *key, *value;
+        if (!api->dict_next(holder->dictionary, &position, &key, &value) || key != each->key || value != each->object)
+            return 0;
+        if (!each->plain)
+            continue;
+        if (each + AHEAD < last && each[AHEAD].plain) {
+            __builtin_prefetch((const char *)each[AHEAD].plain + api->offset);
+            fetch(each[AHEAD].implementation, 192);
+            fetch(each[AHEAD].storage, 72);
+        }
+        if (each->plain != value && !is_local(api, value, each->plain))
+            return 0;
+        uint64_t place, layout;
+        if (find(api, each->plain, &place, &layout) || place != each->place || layout != each->layout)
+            return 0;
+    }
+    return 1;
+}
+
+/* 1 if everything is as it was, else 0. Several threads may look, for the one that has Python's lock waits for them, and
+ * none changes a Python object; with DTensors, whose attributes are asked for, only one may. */
+EXPORT int polyak_look(Look *look)
+{
+    const int num_threads = (int)look->num_threads;
+    int same = 1;
+    if (num_threads == 1) {
+        for (int64_t i = 0; same && i < look->num_holders; i++)
+            same = is_same(look, look->holders + i);
+        return same;
+    }
+    const int64_t started = nanoseconds();
+    _Pragma("omp parallel for schedule(static) reduction(&& : same) num_threads(num_threads)")
+    for (int64_t i = 0; i < look->num_holders; i++)
+        same = same && is_same(look, look->holders + i);
+    look->nanoseconds = nanoseconds() - started;
+    return same;
+}
