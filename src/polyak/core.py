@@ -61,14 +61,21 @@ class Core:
     first_average_sums: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
 
     def __post_init__(self) -> None:
-        self.begin()
+        self.begin(are_copies=True)
 
-    def begin(self) -> None:
-        """Notes what source and averages are now, to tell later what never moved."""
+    def begin(self, *, are_copies: bool = False) -> None:
+        """Notes what source and averages are now, to tell later what never moved.
+
+        Args:
+            are_copies: whether the averages were just copied from the source; those of its dtype have its bits then.
+        """
         raw, names = self.store.raw(), list(self.store.names)
         self.first_sums = dict(zip(names, checksums([raw[name] for name in names]), strict=True))
         for profile in self.profiles:
-            self.first_average_sums[profile] = self.average_sums(profile, names)
+            tensors, seconds = self.store.averages[profile], self.store.seconds[profile]
+            same = {n for n in names if are_copies and n not in seconds and tensors[n].dtype == raw[n].dtype}
+            others = self.average_sums(profile, [name for name in names if name not in same])
+            self.first_average_sums[profile] = {n: self.first_sums[n] if n in same else others[n] for n in names}
 
     def average_sums(self, profile: str, names: Sequence[str]) -> dict[str, int]:
         """The sums of the bits of these averages, with those of their second terms."""
@@ -224,7 +231,7 @@ class Core:
         self._refresh()
         self.store.begin()
         self.clock = make_clock(every=self.clock.every, start=self.clock.start)
-        self.begin()
+        self.begin(are_copies=True)
 
     def verify_values(self) -> None:
         """The check of what is not averaged, too, for what is to be kept: states and files."""

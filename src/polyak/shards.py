@@ -25,8 +25,14 @@ def is_sharded(tensor: Tensor) -> bool:
         >>> is_sharded(torch.ones(2))
         False
     """
-    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
-    return kind is not None and isinstance(tensor, kind)
+    return _is_sharded(type(tensor))
+
+
+@functools.lru_cache(maxsize=256)
+def _is_sharded(kind: type) -> bool:
+    # Whoever has a tensor of this class has imported it.
+    found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return found is not None and issubclass(kind, found)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -93,6 +92,12 @@ class Source:
         """Whether every entry is still the same tensor at the same address."""
         return self._watch is not None and self._watch.is_current()
 
+    def _is_unchanged(self) -> bool:
+        """Whether a walk through the model would certainly find what is known."""
+        if self.shardings or self.flat_rank is not None:
+            self.reshard()
+        return self._watch is not None and self._watch.is_unchanged(self.model)
+
     def reshard(self) -> bool:
         """Lets a model that is sharded hold its shards, wherever its last pass has left whole parameters.
 
@@ -151,6 +156,9 @@ class Source:
             StateError: a parameter that was frozen is trained now.
         """
         model = self.model if model is None else model
+        if model is self.model and self._is_unchanged():
+            self.check_frozen()
+            return
         known = {entry.name: entry for entry in self.entries}
         found = match_sites(model, self.entries, given_by="the model", rules=self._rules, hint=self._hint)
         entries: list[Entry] = []
@@ -160,9 +168,9 @@ class Source:
                 self._check_kept(known[name], tensor)
                 if known[name].reason == "frozen":
                     _check_still_frozen(name, tensor)
-                entries.append(replace(known[name], sites=sites, tensor=tensor))
+                entries.append(known[name]._replace(sites=sites, tensor=tensor))
             else:
-                entries.append(replace(make_entry(sites, self._rules), name=name))
+                entries.append(make_entry(sites, self._rules)._replace(name=name))
         unmoved = {entry.name: _view(entry.tensor) for entry in entries} == self._views
         same = len(entries) == len(self.entries) and all(
             entry.tensor is known[entry.name].tensor for entry in entries if entry.name in known

@@ -1,5 +1,6 @@
 """Arithmetic on lists of plain tensors: kernels know no modules and no profiles."""
 
+from .checksum import Checksums as Checksums
 from .checksum import checksums as checksums
 from .copies import Copies as Copies
 from .eager import copy_ as copy_
@@ -14,6 +15,7 @@ from .halves import exchange_halves as exchange_halves
 from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
 from .journal import exchange as exchange
+from .journal import take_no_memory as take_no_memory
 from .memory import counted_together as counted_together
 from .memory import identity as identity
 from .memory import is_freed as is_freed

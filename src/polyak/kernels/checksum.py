@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,23 +15,50 @@ from polyak.kernels.pieces import parts_of
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+class Checksums:
+    """The sums of the bits of tensors, planned once and taken many times.
+
+    Args:
+        tensors: they must stay where they are.
+
+    Example:
+        >>> tensor = torch.tensor([1, 2])
+        >>> sums = Checksums([tensor])
+        >>> first = sums.find()
+        >>> tensor.add_(1).sum().item() - first[0]
+        2
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._num_tensors = len(tensors)
+        groups: dict[int, list[int]] = {}
+        usable = native.is_usable()
+        for position, tensor in enumerate(tensors):
+            size = tensor.element_size()
+            in_c = usable and size in (2, 4, 8) and not tensor.is_complex() and native.is_reachable(tensor)
+            groups.setdefault(size if in_c else 0, []).append(position)
+        self._groups: list[tuple[list[int], Callable[[], list[int]]]] = []
+        for size, positions in groups.items():
+            group = [tensors[position] for position in positions]
+            self._groups.append((positions, native.sums(group) if size else partial(_checksums, group)))
+
+    def find(self) -> list[int]:
+        """The sum of each tensor, modulo 2 ** 64; reads each once, and waits for a device once."""
+        sums = [0] * self._num_tensors
+        for positions, find in self._groups:
+            for position, found in zip(positions, find(), strict=True):
+                sums[position] = found
+        return sums
+
+
 def checksums(tensors: Sequence[Tensor]) -> list[int]:
-    """The sum, modulo 2 ** 64, of the bits of each tensor read as integers; reads each once, waits for a device once.
+    """The sum, modulo 2 ** 64, of the bits of each tensor read as integers.
 
     Example:
         >>> checksums([torch.tensor([1, 2]), torch.tensor([0.0, -0.0])])
         [3, -2147483648]
     """
-    groups: dict[int, list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        in_c = tensor.element_size() in (2, 4, 8) and not tensor.is_complex() and native.is_reachable(tensor)
-        groups.setdefault(tensor.element_size() if in_c else 0, []).append(position)
-    sums = [0] * len(tensors)
-    for size, positions in groups.items():
-        group = [tensors[position] for position in positions]
-        for position, found in zip(positions, native.sums(group) if size else _checksums(group), strict=True):
-            sums[position] = found
-    return sums
+    return Checksums(tensors).find()
 
 
 def _checksums(tensors: Sequence[Tensor]) -> list[int]:

@@ -23,8 +23,9 @@ class Copies:
         self._targets: list[Tensor] = []
         self._sources: list[Tensor] = []
         in_c: list[tuple[Tensor, Tensor]] = []
+        usable = native.is_usable()
         for target, source in zip(targets, sources, strict=True):
-            if target.dtype == source.dtype and native.is_reachable(target, source):
+            if usable and target.dtype == source.dtype and native.is_reachable(target, source):
                 in_c.append((target, source))
             else:
                 self._targets.append(target)

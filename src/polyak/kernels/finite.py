@@ -27,8 +27,9 @@ class FiniteTest:
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         groups: dict[tuple[torch.device, torch.dtype, bool], list[int]] = {}
+        usable = native.is_usable()
         for position, tensor in enumerate(tensors):
-            in_c = tensor.is_floating_point() and native.is_reachable(tensor)
+            in_c = usable and tensor.is_floating_point() and native.is_reachable(tensor)
             groups.setdefault((tensor.device, tensor.dtype, in_c), []).append(position)
         self._groups: list[tuple[list[int], Callable[[], list[int]]]] = []
         for (*_, in_c), positions in groups.items():

@@ -39,13 +39,17 @@ def exchange_halves(sources: list[Tensor], averages: list[Tensor]) -> tuple[list
     """
     devices: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     in_c: list[tuple[Tensor, Tensor]] = []
+    usable = native.is_usable()
     for source, average in zip(sources, averages, strict=True):
-        if native.is_reachable(source, average):
+        if usable and native.is_reachable(source, average):
             in_c.append((source, average))
         else:
             devices.setdefault(source.device, []).append((average.view(torch.int32), source.view(torch.int16)))
-    enter: list[Operation] = [native.enter_halves(in_c)] if in_c else []
-    leave: list[Operation] = [native.leave_halves(in_c)] if in_c else []
+    enter: list[Operation] = []
+    leave: list[Operation] = []
+    if in_c:
+        there, back = native.exchange_halves(in_c)
+        enter, leave = [there], [back]
     for device, rows in devices.items():
         words = scratch_for(rows, torch.int32, device)
         shorts = torch.empty_like(words)

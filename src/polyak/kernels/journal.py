@@ -31,6 +31,13 @@ class Journal:
         """Whether more than the first operation may have begun; that one must change nothing but scratch memory."""
         return self._num_done > 0
 
+    def begin_again(self) -> None:
+        """Lets all of it be done once more."""
+        for operation in self._operations:
+            if isinstance(operation, native.Call):
+                operation.begin_again()
+        self._num_done = 0
+
     @torch.no_grad()
     def run(self) -> None:
         """Does the operations that are left."""
@@ -39,27 +46,38 @@ class Journal:
             self._num_done += 1
 
 
-def exchange(one: list[Tensor], other: list[Tensor]) -> list[Operation]:
-    """The operations that exchange the values of corresponding tensors, in place, through a bounded scratch buffer.
+def take_no_memory(operations: Sequence[Operation]) -> bool:
+    """Whether operations of `exchange` and its like can be kept at no cost: those that are not in C have scratch."""
+    return all(isinstance(operation, native.Call) for operation in operations)
 
-    They can be run once. Tensors of one pair have the same shape, dtype and device.
+
+def exchange(one: list[Tensor], other: list[Tensor]) -> tuple[list[Operation], list[Operation]]:
+    """The operations that exchange the values of corresponding tensors, in place, and those that exchange them back.
+
+    They go through a bounded scratch buffer. Tensors of one pair have the same shape, dtype and device.
     """
     pairs: dict[tuple[torch.dtype, torch.device, bool], list[tuple[Tensor, Tensor]]] = {}
+    usable = native.is_usable()
     for left, right in zip(one, other, strict=True):
         assert left.dtype == right.dtype
         assert left.device == right.device
-        key = (left.dtype, left.device, native.is_reachable(left, right))
+        key = (left.dtype, left.device, usable and native.is_reachable(left, right))
         pairs.setdefault(key, []).append((left, right))
-    operations: list[Operation] = []
+    there: list[Operation] = []
+    back: list[Operation] = []
     for (dtype, device, in_c), rows in pairs.items():
         if in_c:
-            operations += [native.exchange(rows)]
+            first, second = native.exchange(rows)
+            there.append(first)
+            back.append(second)
             continue
         for batch in cut(rows, scratch_for(rows, dtype, device)):
             left, right = batch.columns
-            operations += [
+            operations = [
                 partial(copy_, batch.scratch, left),
                 partial(copy_, left, right),
                 partial(copy_, right, batch.scratch),
             ]
-    return operations
+            there += operations
+            back += operations
+    return there, back

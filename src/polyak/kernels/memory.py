@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -19,12 +20,12 @@ def is_plain(tensor: Tensor) -> bool:
         >>> is_plain(torch.ones(2)), is_plain(torch.eye(2).to_sparse())
         (True, False)
     """
-    return (
-        getattr(type(tensor), "__torch_dispatch__", None) is _PLAIN_DISPATCH
-        and tensor.layout == torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_meta
-    )
+    return _is_plain(type(tensor)) and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+
+
+@functools.lru_cache(maxsize=256)
+def _is_plain(kind: type) -> bool:
+    return getattr(kind, "__torch_dispatch__", None) is _PLAIN_DISPATCH
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -34,9 +35,8 @@ def is_freed(tensor: Tensor) -> bool:
     """
     if not is_plain(tensor) or tensor.numel() == 0:
         return False
-    _, start, end = span(tensor)
-    offset = tensor.storage_offset() * tensor.element_size()
-    return tensor.untyped_storage().nbytes() < offset + end - start
+    last = tensor.storage_offset() + _reach(tensor)
+    return tensor.untyped_storage().nbytes() < (last + 1) * tensor.element_size()
 
 
 def identity(tensor: Tensor) -> object:
@@ -60,11 +60,14 @@ def overlaps_itself(tensor: Tensor) -> bool:
         >>> overlaps_itself(torch.ones(1).expand(3)), overlaps_itself(torch.ones(1).expand(1))
         (True, False)
     """
-    return is_plain(tensor) and any(
-        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    return (
+        is_plain(tensor)
+        and not tensor.is_contiguous()
+        and any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     )
 
 
+@torch.no_grad()
 def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The same memory in tensors that share version counters, so that one call says that all of them have changed.
 
@@ -86,17 +89,21 @@ def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tens
         if kind not in counters:
             counters[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         # A tensor made of another one shares its counter, also after `set_` has given it other memory.
-        made.append(torch.Tensor._make_subclass(Tensor, counters[kind]))
-        with torch.no_grad():
-            cast("Any", made[-1]).set_(tensor)
+        made.append(cast("Any", torch.Tensor._make_subclass(Tensor, counters[kind])).set_(tensor))
     return made, list(counters.values())
 
 
-def span(tensor: Tensor) -> tuple[str, int, int]:
-    """The device of a plain tensor, the address of its first byte, and the one after its last."""
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def span(tensor: Tensor) -> tuple[int, int]:
+    """The address of the first byte of a plain tensor, and the one after its last."""
     start = tensor.data_ptr()
-    return str(tensor.device), start, start + (reach + 1) * tensor.element_size()
+    return start, start + (_reach(tensor) + 1) * tensor.element_size()
+
+
+def _reach(tensor: Tensor) -> int:
+    """How many elements the last one is from the first."""
+    if tensor.is_contiguous():
+        return tensor.numel() - 1
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
@@ -109,9 +116,11 @@ def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     """
     plain = [position for position, tensor in enumerate(tensors) if tensor.numel() > 0 and is_plain(tensor)]
     # In the order of their beginnings; those that reach beyond the beginning of the next are still open.
-    opened: list[tuple[str, int, int]] = []
+    opened: list[tuple[int, int, int]] = []
     found: list[tuple[int, int]] = []
-    for device, start, end, position in sorted((*span(tensors[position]), position) for position in plain):
+    devices: dict[torch.device, int] = {}
+    numbers = {position: devices.setdefault(tensors[position].device, len(devices)) for position in plain}
+    for device, start, end, position in sorted((numbers[p], *span(tensors[p]), p) for p in plain):
         opened = [each for each in opened if each[0] == device and each[1] > start]
         found += [
             (min(position, other), max(position, other))

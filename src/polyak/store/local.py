@@ -101,7 +101,7 @@ class LocalStore:
         self.catch_up()
         # A plan holds addresses, which are this object's alone.
         derived = {"plan", "guard", "_host", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
-        derived.add("_counters")
+        derived |= {"_counters", "_swaps"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -195,6 +195,8 @@ class LocalStore:
 
     def _plan_updates(self) -> None:
         rows = [self._row(name) for name in self.names]
+        # Tables of addresses, kept from one swap to the next.
+        self._swaps: dict[tuple[str, bool, frozenset[str]], Swap] = {}
         self._host = self._make_host(rows)
         self.plan = Plan(rows, seed=self.modes.seed) if self._host is None else self._host.plan
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
@@ -335,13 +337,20 @@ class LocalStore:
         """
         assert self.swap is None
         self.settle()
+        kept = profile, aside, frozenset(buffers)
+        if kept in self._swaps:
+            self._swaps[kept].begin_again()
+            return self._swaps[kept]
         averages = {**self.averages[profile], **self.copies}
         pairs = {name: (self._sources[name], averages[name]) for name in averages}
         with torch.inference_mode(False):
             whole = Whole(self.shared, partial(gathering, self.replicas)) if self.replicas is not None else None
             # A swap on the host takes no memory of the accelerator: a staging set is free as long as it lasts.
             room = {} if self._host is None else self._host.room
-            return Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
+            swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
+        if swap.is_light:
+            self._swaps[kept] = swap
+        return swap
 
     def swap_in(self, swap: Swap) -> None:
         """Does what `make_swap` has made."""

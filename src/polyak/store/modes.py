@@ -48,11 +48,13 @@ class Modes:
             )
 
     def average_of(self, source: Tensor, device: torch.device | None) -> Tensor:
-        """Memory for the average of a source, in its layout."""
+        """Memory for the average of a detached source, in its layout."""
         kept = average_dtype(source.dtype) if self.dtype is None else self.dtype
         if source.is_complex() and not kept.is_complex:
             kept = torch.complex128 if kept == torch.float64 else torch.complex64
-        return torch.empty_like(source, dtype=kept, device=device, requires_grad=False).detach()
+        if kept == source.dtype and device is None:
+            return torch.empty_like(source)
+        return torch.empty_like(source, dtype=kept, device=device)
 
     def second_of(self, average: Tensor) -> Tensor | None:
         """The second term of an average, zero; complex numbers are pairs. None for one that has none."""

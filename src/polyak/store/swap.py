@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from polyak.kernels import (
+    Checksums,
     Journal,
     average_inside,
-    checksums,
     copy_,
     exchange,
     exchange_halves,
     raw_inside,
+    take_no_memory,
 )
 
 _Way = Literal["exchange", "halves", "keep"]
@@ -42,6 +43,9 @@ class Swap:
     Pairs of one dtype exchange their values, and a bfloat16 source shares the 32 bits of its average: both need a
     small scratch buffer only. For the others (another device, float16, buffers of another dtype) and for all of them
     with `aside`, the source's values are kept in `room` or new memory, and the average stays in the store as it is.
+
+    Attributes:
+        is_light: whether it can be kept for the next swap at no cost.
 
     Args:
         pairs: source and average by name.
@@ -70,17 +74,23 @@ class Swap:
         self._kept = {
             name: room[name] if name in room else torch.empty_like(pairs[name][0]) for name in self._names("keep")
         }
-        exchanging = self._columns(self._names("exchange"))
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))
         keep = [partial(copy_, list(self._kept.values()), sources), partial(copy_, sources, averages)]
         gather, gather_back = ([], []) if whole is None else (whole.gathering(self._whole) for _ in range(2))
-        self._in = Journal([*keep, *exchange(*exchanging), *enter, *gather])
-        back = [partial(copy_, sources, list(self._kept.values())), *exchange(*exchanging), *leave]
-        self._out = Journal([self._look, self._keep_buffers, *back, *gather_back])
+        there, back = exchange(*self._columns(self._names("exchange")))
+        self._in = Journal([*keep, *there, *enter, *gather])
+        restore = partial(copy_, sources, list(self._kept.values()))
+        self._out = Journal([self._look, self._keep_buffers, restore, *back, *leave, *gather_back])
+        parameters = self._parameters()
+        self._parameter_names = list(parameters)
+        # Bits are summed because torch's own count of changes misses fused optimizers and writes to `.data`.
+        self._checksums = Checksums(list(parameters.values()))
         # The sum of each parameter's bits, as the average put them there.
         self._sums: list[int] | None = None
         self._changed: list[str] = []
+        self._counted = [tensor for pair in pairs.values() for tensor in pair if not tensor.is_inference()]
+        self.is_light = whole is None and self._kept.keys() <= room.keys() and take_no_memory([*there, *enter])
 
     def _names(self, way: _Way) -> list[str]:
         return [name for name, its_way in self._ways.items() if its_way == way]
@@ -92,12 +102,17 @@ class Swap:
         sources = {name: source for name, (source, _) in self._pairs.items()} | dict(self._whole)
         return {name: source for name, source in sources.items() if name not in self._buffers}
 
+    def begin_again(self) -> None:
+        """Makes it a new swap of the same pairs, after it was left."""
+        self._in.begin_again()
+        self._out.begin_again()
+        self._sums, self._changed = None, []
+
     def enter(self) -> None:
         """Puts the average into the source."""
         self._in.run()
         self._note_changes()
-        # Bits are summed because torch's own count of changes misses fused optimizers and writes to `.data`.
-        self._sums = checksums(list(self._parameters().values()))
+        self._sums = self._checksums.find()
 
     def leave(self) -> list[str]:
         """Puts the source's own values back; returns the names of parameters that were changed in the source."""
@@ -109,14 +124,12 @@ class Swap:
 
     def _note_changes(self) -> None:
         """So that a graph which needs a tensor as it was raises, whichever kernel wrote to it."""
-        tensors = [tensor for pair in self._pairs.values() for tensor in pair]
-        torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+        torch.autograd.graph.increment_version(self._counted)
 
     def _look(self) -> None:
         if self._sums is not None:
-            parameters = self._parameters()
-            sums = checksums(list(parameters.values()))
-            self._changed = [name for name, a, b in zip(parameters, self._sums, sums, strict=True) if a != b]
+            sums = self._checksums.find()
+            self._changed = [name for name, a, b in zip(self._parameter_names, self._sums, sums, strict=True) if a != b]
 
     def _keep_buffers(self) -> None:
         """Takes what was written to buffers into averages that stayed in the store; exchanged ones need no help."""

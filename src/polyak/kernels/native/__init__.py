@@ -3,11 +3,12 @@
 from .compiled import library as library
 from .look import Look as Look
 from .look import can_look as can_look
+from .memory import Call as Call
 from .memory import copy as copy
-from .memory import enter_halves as enter_halves
 from .memory import exchange as exchange
+from .memory import exchange_halves as exchange_halves
 from .memory import is_reachable as is_reachable
-from .memory import leave_halves as leave_halves
+from .memory import is_usable as is_usable
 from .memory import non_finite as non_finite
 from .memory import sums as sums
 from .update import Native as Native

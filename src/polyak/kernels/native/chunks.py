@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,17 @@ class Chunks:
     addresses: Tensor
 
 
+def integers(values: Iterable[int]) -> Tensor:
+    """Numbers as int64, on the CPU; a list would take `torch.tensor` several times as long.
+
+    Example:
+        >>> integers([1, 2])
+        tensor([1, 2])
+    """
+    found = array("q", values)
+    return torch.frombuffer(found, dtype=torch.int64) if found else torch.empty(0, dtype=torch.int64, device="cpu")
+
+
 def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | None = None) -> Chunks:
     """Cuts rows of corresponding tensors, each of one size.
 
@@ -36,13 +48,14 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
         rows: tensors that belong together.
         firsts: for each row the number of its first element in a whole, whose chunks it shares. Default: 0.
     """
-    sizes = torch.tensor([row[0].numel() for row in rows], device="cpu")
-    before = torch.tensor(firsts or [0] * len(rows), device="cpu") % CHUNK_ELEMENTS
+    sizes = integers(row[0].numel() for row in rows)
+    before = integers(firsts or [0] * len(rows)) % CHUNK_ELEMENTS
     num_chunks = torch.where(sizes > 0, (before + sizes + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS, 0)
     row = torch.arange(len(rows), device="cpu").repeat_interleave(num_chunks)
     number = torch.arange(len(row), device="cpu") - (num_chunks.cumsum(0) - num_chunks)[row]
     starts = (number * CHUNK_ELEMENTS - before[row]).clamp_(min=0)
     ends = torch.minimum((number + 1) * CHUNK_ELEMENTS - before[row], sizes[row])
-    bases = torch.tensor([[tensor.data_ptr() for tensor in each] for each in rows], device="cpu")
-    widths = torch.tensor([[tensor.element_size() for tensor in each] for each in rows], device="cpu")
+    width = len(rows[0])
+    bases = integers(tensor.data_ptr() for each in rows for tensor in each).view(-1, width)
+    widths = integers(tensor.element_size() for each in rows for tensor in each).view(-1, width)
     return Chunks(row, starts, ends - starts, bases[row] + starts[:, None] * widths[row])

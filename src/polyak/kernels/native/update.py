@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.kernels import fractions
-from polyak.kernels.native.chunks import cut_into_chunks
+from polyak.kernels.native.chunks import cut_into_chunks, integers
 from polyak.kernels.native.compiled import function
 from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
@@ -26,12 +26,13 @@ _AVERAGES = {
 def is_supported(row: Row) -> bool:
     """Whether the C kernel can do this row."""
     source, *others = row.tensors
+    strides = source.stride()
     return (
         source.dtype in _FLOATS
         and row.averages[0].dtype in _AVERAGES[row.mode]
         and all(second.dtype == fractions.DTYPE for second in row.seconds)
-        and all(t.device.type == "cpu" and is_dense(t) and not t.is_neg() for t in row.tensors)
-        and (source.dim() <= 1 or all(tensor.stride() == source.stride() for tensor in others))
+        and all(t.is_cpu and is_dense(t) and not t.is_neg() for t in row.tensors)
+        and (len(strides) <= 1 or all(tensor.stride() == strides for tensor in others))
     )
 
 
@@ -79,10 +80,10 @@ class Native:
 
 def _table(rows: Sequence[Row]) -> Tensor:
     chunks = cut_into_chunks([row.tensors for row in rows], [row.first for row in rows])
-    firsts = torch.tensor([row.first for row in rows], device="cpu")[chunks.rows] + chunks.starts
+    firsts = integers(row.first for row in rows)[chunks.rows] + chunks.starts
     # The bits of unsigned numbers, as signed ones.
     numbers = [row.key or 0 for row in rows]
-    keys = torch.tensor([key - (1 << 64) if key >> 63 else key for key in numbers], device="cpu")
+    keys = integers(key - (1 << 64) if key >> 63 else key for key in numbers)
     sources, others = chunks.addresses[:, :1], chunks.addresses[:, 1:]
     return torch.cat([sources, torch.stack([chunks.counts, firsts, keys[chunks.rows]], dim=1), others], dim=1)
 
