@@ -124,8 +124,9 @@ def interrupt_at(position):
 
 
 @pytest.mark.protects
+@pytest.mark.parametrize("is_first", [True, False], ids=["first swap", "later swap"])
 @pytest.mark.parametrize("name", ["batchnorm", "mixed"])
-def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, monkeypatch):
+def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, is_first, monkeypatch):
     # A small scratch makes many batches, and so many places to be interrupted at.
     monkeypatch.setattr("polyak.kernels.pieces._CPU_ELEMENTS", 40)
     model, average = trained(name)
@@ -135,6 +136,8 @@ def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, monkeypat
     finished = False
     while not finished:
         position += 1
+        if is_first:
+            average._core.store._swaps.clear()
         try:
             sys.settrace(interrupt_at(position))
             with average.swapped():

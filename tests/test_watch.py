@@ -1,11 +1,30 @@
 """What changes under an average: tensors and modules that are replaced, graphs, default devices, parts of models."""
 
+import copy
+import os
+import pickle
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 import polyak
 import zoo
+from polyak.kernels import can_look
+from polyak.kernels.native import crew, look
+from polyak.watch import Watch
+
+needs_c = pytest.mark.skipif(not can_look(), reason="needs the C library, and a Python and torch that it can ask")
+
+
+@pytest.fixture(params=[pytest.param("c", marks=needs_c), "python"], autouse=True)
+def way(request, monkeypatch):
+    """Every test of this file runs with the look in C and with that in Python."""
+    if request.param == "python":
+        monkeypatch.setenv("POLYAK_WATCH", "python")
+    assert Watch(zoo.mlp()).is_in_c == (request.param == "c")
+    return request.param
 
 
 @pytest.mark.protects
@@ -62,6 +81,250 @@ class TestWatch:
         model[0].weight = nn.Parameter(torch.full_like(model[0].weight, float("nan")))
         with pytest.raises(polyak.StateError, match=r"holds NaNs or infinities in '0.weight'"):
             average.update()
+
+
+def replace_data(model):
+    model[0].weight.data = torch.full((4, 4), 3.0)
+
+
+def set_memory(model):
+    with torch.no_grad():
+        model[0].weight.set_(torch.full((4, 4), 3.0))
+
+
+def swap_substance(model):
+    torch.utils.swap_tensors(model[0].weight, nn.Parameter(torch.full((4, 4), 3.0)))
+
+
+def put_into_the_dictionary(model):
+    model[0]._parameters["weight"] = nn.Parameter(torch.full((4, 4), 3.0))
+
+
+def set_attribute(model):
+    model[0].weight = nn.Parameter(torch.full((4, 4), 3.0))
+
+
+def replace_the_module(model):
+    model[0] = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+
+
+def square():
+    """One module whose weight is a square matrix, and which has a parameter and a buffer that are None."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    model[0].register_buffer("scale", None)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.arange(16.0).view(4, 4))
+    return model
+
+
+@pytest.mark.protects
+class TestEachChange:
+    """Every way in which a tensor is exchanged under an average, and what the very next update does."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [replace_data, set_memory, swap_substance, put_into_the_dictionary, set_attribute, replace_the_module],
+    )
+    def test_is_followed(self, change):
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        change(model)
+        average.update()
+        expected = (torch.arange(16.0).view(4, 4) + 3) / 2
+        assert torch.equal(average.weights()["0.weight"], expected)
+
+    @needs_c
+    def test_another_order_in_the_same_memory_is_followed(self, way):
+        if way == "python":
+            pytest.skip("Python's look compares addresses alone")
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        first = model[0].weight.detach().clone()
+        model[0].weight.data = model[0].weight.data.t()
+        average.update()
+        assert torch.equal(average.weights()["0.weight"], (first + first.t()) / 2)
+
+    def test_a_name_that_was_none_and_one_more_name(self):
+        for name in ("bias", "other"):
+            model = square()
+            average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+            model[0].register_parameter(name, nn.Parameter(torch.zeros(4)))
+            with pytest.raises(polyak.MismatchError, match=rf"Only the model: '0.{name}'"):
+                average.update()
+
+    def test_memory_that_is_given_back(self):
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        model[0].weight.untyped_storage().resize_(0)
+        with pytest.raises(polyak.StateError, match=r"the memory of '0.weight' was freed"):
+            average.update()
+
+    def test_another_dtype(self):
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        model.double()
+        with pytest.raises(polyak.MismatchError, match=r"torch.float64, and was torch.float32"):
+            average.update()
+
+    def test_another_name_and_another_dictionary_are_seen_by_a_swap(self):
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        average.update()
+        weight = model[0]._parameters.pop("weight")
+        model[0]._parameters["kernel"] = weight
+        with pytest.raises(polyak.MismatchError, match=r"Only the average: '0.weight'. Only the model: '0.kernel'"):
+            average.swap_in()
+        model = square()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        average.update()
+        model[0].__dict__["_parameters"] = {"weight": nn.Parameter(torch.full((4, 4), 5.0))}
+        with average.swapped():
+            assert torch.equal(model[0].weight, torch.arange(16.0).view(4, 4))
+        assert torch.equal(model[0].weight, torch.full((4, 4), 5.0))
+
+
+class Subclass(nn.Parameter):
+    """A tensor of a class of its own, as quantisation and tracking libraries have."""
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 1, 2, 1, 2, 1, 2), (3,) * 6])
+@pytest.mark.parametrize("kind", [nn.Parameter, Subclass])
+def test_tensors_of_every_number_of_dimensions(shape, kind):
+    model = nn.Module()
+    model.weight, model.other = kind(torch.ones(shape)), nn.Parameter(torch.ones(2))
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    assert average._core.source.is_current()
+    model.weight.data = torch.full(shape, 3.0)
+    assert average._core.source.is_current() == (0 in shape)
+    average.update()
+    assert torch.equal(average.weights()["weight"], torch.full(shape, 2.0))
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_of_model_and_average_follows_its_own_model(duplicate):
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    kept = average.weights()
+    other_model, other = duplicate((model, average))
+    with torch.no_grad():
+        other_model[0].weight.fill_(7.0)
+    other.update(), average.update()
+    assert torch.equal(other.weights()["0.weight"], (kept["0.weight"] + 7) / 2)
+    assert zoo.bit_equal(average.weights(), kept)
+    assert other._core.source.is_current()
+
+
+@pytest.mark.protects
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_sees_changes():
+    model = square()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    process = os.fork()
+    if process == 0:
+        replace_data(model)
+        average.update()
+        right = torch.equal(average.weights()["0.weight"], (torch.arange(16.0).view(4, 4) + 3) / 2)
+        os._exit(0 if right else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def many(count):
+    model = nn.ModuleList(nn.Linear(3, 3) for _ in range(count // 2))
+    model.wide = nn.ParameterList(torch.ones(2) for _ in range(count))
+    return model
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("position", [0, 63, 64, 700, 1023, 1024, 1999])
+def test_a_change_anywhere_among_many_tensors_is_seen(position):
+    model = many(1000)
+    watch = Watch(model)
+    assert watch.is_current()
+    parameter = list(model.parameters())[position]
+    parameter.data = parameter.data.clone()
+    assert not watch.is_current()
+
+
+class TestWhereItCannotBeMade:
+    @pytest.fixture(autouse=True)
+    def asked_anew(self):
+        look._tried_way.cache_clear()
+        yield
+        look._tried_way.cache_clear()
+
+    def check(self, reason):
+        average = polyak.WeightAverage(model := zoo.mlp(), polyak.Exponential(0.5))
+        average.update()
+        assert not average._core.source._watch.is_in_c
+        assert not can_look()
+        model[0].weight.data = torch.zeros(5, 6)
+        average.update()
+        assert reason in str(average.report())
+
+    def test_python_without_its_lock(self, monkeypatch):
+        monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+        self.check("the check of every update is made in Python")
+
+    def test_a_torch_that_keeps_its_tensors_elsewhere(self, monkeypatch):
+        monkeypatch.setattr(look, "_words", lambda value, count: [0] * count)
+        self.check("the check of every update is made in Python")
+
+    def test_a_torch_without_its_functions(self, monkeypatch):
+        monkeypatch.setattr(look, "_TORCH", ("data_ptr", "dim", "sizes", "strides", "no_such_thing"))
+        self.check("the check of every update is made in Python")
+
+    def test_a_change_that_goes_unseen(self, monkeypatch):
+        monkeypatch.setattr(look, "_CHANGES", (*look._CHANGES, lambda *_: None))
+        self.check("the check of every update is made in Python")
+
+    def test_kernels_without_the_one_in_c(self, monkeypatch):
+        monkeypatch.setenv("POLYAK_KERNELS", "foreach,staged")
+        self.check("the check of every update is made in Python")
+
+
+def test_a_report_says_which_look_is_made(way):
+    report = polyak.WeightAverage(zoo.mlp()).report()
+    assert report.is_watched_in_c == (way == "c")
+    assert ("the check of every update is made in Python" in str(report)) == (way == "python")
+
+
+class TestCrew:
+    """How many threads a call has, after calls that had to wait."""
+
+    def test_as_many_as_there_is_work_for(self, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+        sizes = [crew.Crew().size(count) for count in (1, 32767, 32768, 65536, 98304, 10**9)]
+        assert sizes == [1, 1, 2, 3, 4, 4]
+
+    def test_alone_after_a_wait_and_ever_longer(self, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        found, alone = crew.Crew(), []
+        for _ in range(9):
+            assert found.size(1 << 20) == 2
+            found.took(8_000_000, 1 << 20)
+            calls = 0
+            while found.size(1 << 20) == 1:
+                calls += 1
+            alone.append(calls)
+            found.took(300_000, 1 << 20)
+        assert alone == [16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
+        for _ in range(1024):
+            found.took(300_000, 1 << 20)
+        found.took(8_000_000, 1 << 20)
+        assert [found.size(1 << 20) for _ in range(17)] == [1] * 16 + [2]
+
+    def test_large_calls_may_take_their_time(self):
+        found = crew.Crew()
+        found.took(8_000_000, 1 << 27)
+        assert found.size(1 << 27) == min(torch.get_num_threads(), 1 + (1 << 12))
 
 
 @pytest.mark.protects
@@ -149,3 +412,23 @@ def test_modules_that_say_that_they_are_equal():
         model[0].weight.fill_(100.0)
     average.update()
     assert average.weights()["0.weight"].min() > 40
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("place", ["a live module", "ModelEma"])
+def test_a_module_in_training_mode_can_be_differentiated_through(place):
+    model = zoo.batchnorm()
+    if place == "ModelEma":
+        average = polyak.ModelEma(model)
+        teacher = average.ema.train()
+    else:
+        average = polyak.WeightAverage(model)
+        teacher = average.live_module().train()
+    inputs = torch.randn(4, 2, 4, 4, requires_grad=True)
+    first, second = teacher(inputs), teacher(2 * inputs)
+    (first + second).sum().backward()
+    assert inputs.grad is not None
+    loss = teacher(inputs).sum()
+    average.update(model) if place == "ModelEma" else average.update()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

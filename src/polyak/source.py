@@ -92,6 +92,11 @@ class Source:
         """Whether every entry is still the same tensor at the same address."""
         return self._watch is not None and self._watch.is_current()
 
+    @property
+    def is_watched_in_c(self) -> bool:
+        """Whether `is_current` is a look in C, which sees more than that in Python."""
+        return self._watch is not None and self._watch.is_in_c
+
     def _is_unchanged(self) -> bool:
         """Whether a walk through the model would certainly find what is known."""
         if self.shardings or self.flat_rank is not None:

@@ -33,7 +33,6 @@ class Watch:
         modules = list(model.modules())
         self._inner = modules[1:]
         self._dictionaries = _dictionaries([model, *self._inner])
-        self._transient = _transient([model, *self._inner])
         self._parts: Look | _Comparison = _look(self._holders()) or _Comparison(modules)
 
     def _holders(self) -> list[dict[str, Any]]:
@@ -58,20 +57,12 @@ class Watch:
         """
         if not (self.is_in_c and self.is_current()):
             return False
-        modules = [model, *self._inner]
-        return (
-            all(map(is_, chain.from_iterable(_dictionaries(modules)), chain.from_iterable(self._dictionaries)))
-            and _transient(modules) == self._transient
-        )
+        found = chain.from_iterable(_dictionaries([model, *self._inner]))
+        return all(map(is_, found, chain.from_iterable(self._dictionaries)))
 
 
 def _dictionaries(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], ...]]:
     return [_DICTIONARIES(vars(module)) for module in modules]
-
-
-def _transient(modules: Sequence[nn.Module]) -> list[frozenset[str]]:
-    """The names of the buffers of each module that its state leaves out."""
-    return [frozenset(module._non_persistent_buffers_set) for module in modules]
 
 
 def _look(holders: Sequence[dict[str, Any]]) -> Look | None:
