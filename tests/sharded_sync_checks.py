@@ -1,6 +1,5 @@
 """`check_in_sync`: ranks have the same averages where they should, and all of them hear of it where they have not."""
 
-import dataclasses
 import warnings
 
 import pytest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,20 @@ from torch import Tensor
 
 # Elements of one row of a table: a chunk of the source stays in the cache while all its averages are updated.
 CHUNK_ELEMENTS = 1 << 14
+
+
+class Work(ctypes.Structure):
+    """The structure of this name in common.h: how threads share the chunks of a table.
+
+    Args:
+        counts: the elements of each chunk.
+    """
+
+    _fields_ = (("num_chunks", ctypes.c_int64), ("num_threads", ctypes.c_int64), ("ends", ctypes.c_void_p))
+
+    def __init__(self, counts: Tensor) -> None:
+        self._ends = counts.cumsum(0)  # the address stays valid as long as this lives
+        super().__init__(len(counts), 1, self._ends.data_ptr())
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,55 @@ INLINE int vectors(void) { return 0; }
         choices[vectors()] ARGUMENTS;                                                                                  \
     }
 
-#define PARALLEL _Pragma("omp parallel for schedule(guided) num_threads(num_threads) if (num_threads > 1)")
+/* The chunks of a table, in parts that threads take one after another, and how much work comes before each chunk's end.
+ *
+ * Each thread gets half of an even share of the work first, and then ever smaller parts of the rest: the first is the
+ * same part in most calls, so that what a core has in its own cache stays there, and the last are small enough that no
+ * thread waits long for another, however uneven the chunks are or slow a core is.
+ */
+typedef struct {
+    int64_t num_chunks, num_threads;
+    const int64_t *ends; /* of each chunk, in elements from the beginning of the first */
+} Work;
+
+#define HALVINGS 5 /* the last of which is not halved any more */
+
+INLINE int64_t num_parts(const Work *work)
+{
+    return work->num_threads > 1 ? HALVINGS * work->num_threads : 1;
+}
+
+/* The first chunk of a part; that of the part after the last is the number of chunks. */
+INLINE int64_t first_chunk(const Work *work, int64_t part)
+{
+    if (part == 0)
+        return 0;
+    if (part == num_parts(work))
+        return work->num_chunks;
+    const int64_t total = work->ends[work->num_chunks - 1], halving = part / work->num_threads;
+    const int64_t rest = total >> halving, share = halving < HALVINGS - 1 ? rest / 2 : rest;
+    const int64_t before = total - rest + share / work->num_threads * (part % work->num_threads);
+    int64_t low = 0, high = work->num_chunks;
+    while (low < high) {
+        const int64_t middle = (low + high) / 2;
+        if (work->ends[middle] <= before)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    return low;
+}
+
+/* DO for every `chunk` of the work. */
+#define FOR_EACH_CHUNK(WORK, DO)                                                                                       \
+    const int num_threads = (int)(WORK)->num_threads;                                                                  \
+    _Pragma("omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1)")                     \
+    for (int64_t part = 0; part < num_parts(WORK); part++) {                                                           \
+        const int64_t stop = first_chunk(WORK, part + 1);                                                              \
+        for (int64_t chunk = first_chunk(WORK, part); chunk < stop; chunk++) {                                         \
+            DO;                                                                                                        \
+        }                                                                                                              \
+    }
 
 #define POINTER(TYPE, ADDRESS) ((TYPE *)(intptr_t)(ADDRESS))
 

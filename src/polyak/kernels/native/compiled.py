@@ -12,6 +12,9 @@ from typing import Any
 
 from polyak.errors import outside
 
+# Of the functions and structures in C; memory.c has the same number.
+_VERSION = 2
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -20,13 +23,18 @@ def library() -> ctypes.CDLL | None:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
             try:
-                return ctypes.CDLL(str(path))
-            except OSError as error:
-                warnings.warn(
-                    f"polyak's C kernel cannot be loaded ({error}); torch's own operations do the same, more slowly",
-                    stacklevel=outside(),
-                )
-                return None
+                found = ctypes.CDLL(str(path))
+                if found.polyak_version() == _VERSION:
+                    return found
+                problem = "it is of another version"
+            except (AttributeError, OSError) as error:
+                problem = str(error)
+            warnings.warn(
+                f"polyak's C kernel cannot be used ({problem}); torch's own operations do the same, more slowly. "
+                "Install polyak again to build it anew",
+                stacklevel=outside(),
+            )
+            return None
     warnings.warn(
         "polyak was installed without its C kernel, because there was no compiler for it; torch's own operations do "
         "the same, more slowly",

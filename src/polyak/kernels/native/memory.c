@@ -6,6 +6,9 @@
  */
 #include "common.h"
 
+/* What Python's side of these files was written for; raised whenever a function or a structure changes. */
+EXPORT int polyak_version(void) { return 2; }
+
 /* Two addresses and a number of bytes. */
 
 INLINE void exchange_body(char *restrict one, char *restrict other, int64_t num_bytes)
@@ -27,28 +30,22 @@ INLINE void exchange_body(char *restrict one, char *restrict other, int64_t num_
 VERSIONS(exchange_loop, exchange_body, (char *restrict one, char *restrict other, int64_t num_bytes),
          (one, other, num_bytes))
 
-EXPORT void polyak_exchange(const int64_t *table, int64_t num_chunks, int64_t *done, int num_threads)
+EXPORT void polyak_exchange(const Work *work, const int64_t *table, int64_t *done)
 {
     if (*done)
         return;
-    PARALLEL
-    for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
-        const int64_t *row = table + 3 * chunk;
-        exchange_loop(POINTER(char, row[0]), POINTER(char, row[1]), row[2]);
-    }
+    FOR_EACH_CHUNK(work, const int64_t *row = table + 3 * chunk;
+                   exchange_loop(POINTER(char, row[0]), POINTER(char, row[1]), row[2]))
     *done = 1;
 }
 
 /* Where to, where from, and a number of bytes. */
 
-EXPORT void polyak_copy(const int64_t *table, int64_t num_chunks, int64_t *unused, int num_threads)
+EXPORT void polyak_copy(const Work *work, const int64_t *table, int64_t *unused)
 {
     (void)unused;
-    PARALLEL
-    for (int64_t chunk = 0; chunk < num_chunks; chunk++) {
-        const int64_t *row = table + 3 * chunk;
-        memcpy(POINTER(char, row[0]), POINTER(char, row[1]), (size_t)row[2]);
-    }
+    FOR_EACH_CHUNK(work, const int64_t *row = table + 3 * chunk;
+                   memcpy(POINTER(char, row[0]), POINTER(char, row[1]), (size_t)row[2]))
 }
 
 /* The addresses of bfloat16 and of float32, and a number of elements; see halves.py. */
@@ -83,15 +80,12 @@ VERSIONS(leave_loop, leave_body, (uint16_t *restrict source, uint32_t *restrict 
          (source, average, count))
 
 #define DEFINE_HALVES(NAME)                                                                                            \
-    EXPORT void polyak_##NAME##_halves(const int64_t *table, int64_t num_chunks, int64_t *done, int num_threads)       \
+    EXPORT void polyak_##NAME##_halves(const Work *work, const int64_t *table, int64_t *done)       \
     {                                                                                                                  \
         if (*done)                                                                                                     \
             return;                                                                                                    \
-        PARALLEL                                                                                                       \
-        for (int64_t chunk = 0; chunk < num_chunks; chunk++) {                                                         \
-            const int64_t *row = table + 3 * chunk;                                                                    \
-            NAME##_loop(POINTER(uint16_t, row[0]), POINTER(uint32_t, row[1]), row[2]);                                 \
-        }                                                                                                              \
+        FOR_EACH_CHUNK(work, const int64_t *row = table + 3 * chunk;                                                   \
+                       NAME##_loop(POINTER(uint16_t, row[0]), POINTER(uint32_t, row[1]), row[2]))                      \
         *done = 1;                                                                                                     \
     }
 
@@ -110,11 +104,10 @@ DEFINE_HALVES(leave)
     }                                                                                                                  \
     VERSIONS(NAME##_loop, NAME##_body, (const TYPE *restrict tensor, int64_t count, int64_t *restrict result),         \
              (tensor, count, result))                                                                                  \
-    EXPORT void polyak_##NAME(const int64_t *table, int64_t num_chunks, int64_t *results, int num_threads)             \
+    EXPORT void polyak_##NAME(const Work *work, const int64_t *table, int64_t *results)             \
     {                                                                                                                  \
-        PARALLEL                                                                                                       \
-        for (int64_t chunk = 0; chunk < num_chunks; chunk++)                                                           \
-            NAME##_loop(POINTER(const TYPE, table[2 * chunk]), table[2 * chunk + 1], results + chunk);                 \
+        FOR_EACH_CHUNK(work, NAME##_loop(POINTER(const TYPE, table[2 * chunk]), table[2 * chunk + 1],                  \
+                                         results + chunk))                                                             \
     }
 
 #define DEFINE_NON_FINITE(NAME, TYPE, EXPONENT)                                                                        \

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
-from polyak.kernels.native.chunks import cut_into_chunks, integers
+from polyak.kernels.native.chunks import Work, cut_into_chunks, integers
 from polyak.kernels.native.compiled import function, library
 from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
 
 Rows = Sequence[tuple[Tensor, Tensor]]
-_ARGUMENTS = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int)
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def is_usable() -> bool:
@@ -40,6 +40,7 @@ class _Table:
     Attributes:
         rows: for each chunk, the number of the row that it is of.
         num_elements: of all rows.
+        work: the chunks, for threads to share.
         address: of the table.
     """
 
@@ -50,12 +51,10 @@ class _Table:
             counts = counts * integers(row[0].element_size() for row in rows)[chunks.rows]
         self.rows = chunks.rows
         self.num_elements = sum(row[0].numel() for row in rows)
+        self.work = Work(counts)
         self._columns = torch.cat([chunks.addresses, counts[:, None]], dim=1)
         self._tensors = [tuple(row) for row in rows]  # addresses stay valid as long as these live
         self.address = self._columns.data_ptr()
-
-    def __len__(self) -> int:
-        return len(self._columns)
 
 
 class Call:
@@ -75,8 +74,9 @@ class Call:
 
     def __call__(self) -> None:
         """Makes it."""
-        threads = CREW.size(self._table.num_elements)
-        self._function(self._table.address, len(self._table), self.results.data_ptr(), threads)
+        table = self._table
+        table.work.num_threads = CREW.size(table.num_elements)
+        self._function(ctypes.addressof(table.work), table.address, self.results.data_ptr())
 
     def begin_again(self) -> None:
         """Lets it be done once more."""
@@ -103,7 +103,7 @@ def exchange_halves(rows: Rows) -> tuple[Call, Call]:
 def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
     """What finds the positions of those that hold a NaN or an infinity; all are of one floating-point dtype."""
     table = _Table([(tensor,) for tensor in tensors])
-    look = Call(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", table, num_results=len(table))
+    look = Call(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", table, num_results=len(table.rows))
 
     def find() -> list[int]:
         look()
@@ -120,7 +120,7 @@ def sums(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
         tensors: all of one element size, which is 2, 4 or 8 bytes.
     """
     table = _Table([(tensor,) for tensor in tensors])
-    look = Call(f"sum_{8 * tensors[0].element_size()}", table, num_results=len(table))
+    look = Call(f"sum_{8 * tensors[0].element_size()}", table, num_results=len(table.rows))
 
     def find() -> list[int]:
         look()

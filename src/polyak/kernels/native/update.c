@@ -19,34 +19,34 @@
 
 /* What one call is given, in one structure: Python hands over one argument several times as fast as six. */
 typedef struct {
+    Work work;
     const int64_t *table;
-    int64_t num_chunks, num_profiles;
+    int64_t num_profiles;
     const double *weights;
     uint64_t step;
-    int64_t num_threads;
     int64_t nanoseconds; /* that the call took, if it had several threads */
 } Update;
 
 /* All updates go through the table in the same way; LOOP is what is done with the row of one chunk and a profile. */
 #define DEFINE_UPDATE(NAME, WIDTH, LOOP)                                                                               \
-    EXPORT void polyak_##NAME(Update *update)                                                                          \
+    INLINE void NAME##_chunk(const Update *update, int64_t chunk)                                                      \
     {                                                                                                                  \
-        const int64_t *table = update->table, num_chunks = update->num_chunks, num_profiles = update->num_profiles;    \
+        const int64_t num_profiles = update->num_profiles;                                                             \
+        const int64_t *row = update->table + chunk * (COLUMNS + (WIDTH) * num_profiles);                               \
         const double *weights = update->weights;                                                                       \
         const uint64_t step = update->step;                                                                            \
-        const int num_threads = (int)update->num_threads;                                                              \
-        const int64_t started = num_threads > 1 ? nanoseconds() : 0;                                                   \
         (void)step;                                                                                                    \
-        PARALLEL                                                                                                       \
-        for (int64_t chunk = 0; chunk < num_chunks; chunk++) {                                                         \
-            const int64_t *row = table + chunk * (COLUMNS + (WIDTH) * num_profiles);                                   \
-            for (int64_t profile = 0; profile < num_profiles; profile++)                                               \
-                if (weights[profile] != 0.0) {                                                                         \
-                    const int64_t *average = row + COLUMNS + profile;                                                  \
-                    LOOP;                                                                                              \
-                }                                                                                                      \
-        }                                                                                                              \
-        update->nanoseconds = num_threads > 1 ? nanoseconds() - started : 0;                                           \
+        for (int64_t profile = 0; profile < num_profiles; profile++)                                                   \
+            if (weights[profile] != 0.0) {                                                                             \
+                const int64_t *average = row + COLUMNS + profile;                                                      \
+                LOOP;                                                                                                  \
+            }                                                                                                          \
+    }                                                                                                                  \
+    EXPORT void polyak_##NAME(Update *update)                                                                          \
+    {                                                                                                                  \
+        const int64_t started = update->work.num_threads > 1 ? nanoseconds() : 0;                                      \
+        FOR_EACH_CHUNK(&update->work, NAME##_chunk(update, chunk))                                                     \
+        update->nanoseconds = update->work.num_threads > 1 ? nanoseconds() - started : 0;                              \
     }
 
 /* Plain. */

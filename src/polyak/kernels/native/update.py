@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polyak.kernels import fractions
-from polyak.kernels.native.chunks import cut_into_chunks, integers
+from polyak.kernels.native.chunks import Work, cut_into_chunks, integers
 from polyak.kernels.native.compiled import function
 from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
@@ -40,9 +40,8 @@ class _Update(ctypes.Structure):
     """The structure of this name in update.c."""
 
     _fields_ = (
-        ("table", ctypes.c_void_p), ("num_chunks", ctypes.c_int64), ("num_profiles", ctypes.c_int64),
-        ("weights", ctypes.c_void_p), ("step", ctypes.c_uint64), ("num_threads", ctypes.c_int64),
-        ("nanoseconds", ctypes.c_int64),
+        ("work", Work), ("table", ctypes.c_void_p), ("num_profiles", ctypes.c_int64), ("weights", ctypes.c_void_p),
+        ("step", ctypes.c_uint64), ("nanoseconds", ctypes.c_int64),
     )  # fmt: skip
 
 
@@ -63,16 +62,15 @@ class Native:
         self._num_elements = sum(row.source.numel() for row in rows)
         self._table = _table(rows)
         self._weights = (ctypes.c_double * len(rows[0].averages))()
-        self._update = _Update(
-            self._table.data_ptr(), len(self._table), len(self._weights), ctypes.addressof(self._weights)
-        )
+        self._work = Work(self._table[:, 1])
+        self._update = _Update(self._work, self._table.data_ptr(), len(self._weights), ctypes.addressof(self._weights))
         self._address = ctypes.addressof(self._update)
 
     def run(self, weights: Sequence[float], step: int) -> None:
         """Moves the averages of each column towards the sources, with one weight a column."""
         update, threads = self._update, CREW.size(self._num_elements)
         self._weights[:] = weights
-        update.step, update.num_threads = step, threads
+        update.step, update.work.num_threads = step, threads
         self._function(self._address)
         if threads > 1:
             CREW.took(update.nanoseconds, self._num_elements)
