@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from benchmarks.timing import Spread, spread
 
 BUDGET = 60.0
+BUDGET_OF_NAME = 80.0
 
 TORCH = """
 from time import perf_counter
@@ -21,7 +22,9 @@ started = perf_counter()
 import torch
 between = perf_counter()
 import polyak
-print(perf_counter() - started, perf_counter() - between)
+after = perf_counter()
+polyak.WeightAverage
+print(after - started, after - between, perf_counter() - after)
 """
 
 

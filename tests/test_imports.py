@@ -73,6 +73,18 @@ def test_import_loads_torch_and_the_standard_library_only():
     assert found.stdout.strip() == "[]"
 
 
+def test_training_does_without_the_formats_of_files():
+    code = (
+        "import sys, torch, polyak; model = torch.nn.Linear(2, 2); average = polyak.WeightAverage(model);"
+        "average.update(); average.load_state_dict(average.state_dict()); average.swap_in(); average.swap_out();"
+        "polyak.ModelEma(model).update(model);"
+        "print([name for name in sys.modules if name.startswith(('polyak.checkpoints', 'polyak.layouts', "
+        "'polyak.containers'))])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_a_plain_model_does_without_what_sharded_ones_need():
     code = (
         "import sys, torch, polyak; model = torch.nn.Linear(2, 2); average = polyak.WeightAverage(model);"

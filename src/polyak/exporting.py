@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from polyak.adapters import ADAPTER_FILE, adapter_weights, is_adapted, write_adapter_config
-from polyak.checkpoints import in_file_order, write_safetensors
 from polyak.collectives import all_or_none, is_first, whole
 from polyak.core import Core
 from polyak.entries import extra_states
@@ -77,6 +76,9 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
 
     Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
     """
+    # The formats of files take as long to import as all that training needs.
+    from polyak.checkpoints import in_file_order, write_safetensors
+
     check_can_be_whole(core, "export()")
     meshes = core.store.meshes
     what = f"export({os.fspath(path)!r})"

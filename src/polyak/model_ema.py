@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyak.checkpoints import read_dictionary
 from polyak.entries import unwrap, walk
 from polyak.errors import FileFormatError, MismatchError, StateError
 from polyak.kernels import check_floating_point, dead_zone
@@ -138,6 +137,9 @@ class ModelEma:
         self._store.replace({entry.name: entry.tensor.detach() for entry in self._average.entries})
 
     def _load_checkpoint(self, path: str | os.PathLike[str]) -> None:
+        # The formats of files take as long to import as all that training needs.
+        from polyak.checkpoints import read_dictionary
+
         checkpoint = read_dictionary(path)
         if "state_dict_ema" not in checkpoint:
             _logger.warning("Failed to find state_dict_ema, starting from loaded model weights")
