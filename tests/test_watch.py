@@ -3,7 +3,9 @@
 import copy
 import os
 import pickle
+import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -234,6 +236,29 @@ def test_a_forked_process_sees_changes():
         right = torch.equal(average.weights()["0.weight"], (torch.arange(16.0).view(4, 4) + 3) / 2)
         os._exit(0 if right else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+@pytest.mark.protects
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent():
+    model = nn.ParameterList(torch.randn(64, 64) for _ in range(1000))
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    for _ in range(20):
+        average.update()
+    process = os.fork()
+    if process == 0:
+        average.update()
+        os._exit(0)
+    ended, waited = 0, 0.0
+    while not ended and waited < 20:
+        ended, _ = os.waitpid(process, os.WNOHANG)
+        time.sleep(0.01)
+        waited += 0.01
+    if not ended:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+    assert ended
 
 
 def many(count):

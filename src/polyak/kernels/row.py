@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ from torch import Tensor
 Mode: TypeAlias = Literal["plain", "compensated", "stochastic"]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One source tensor and its averages, one a profile.
 
     Attributes:
@@ -59,12 +57,12 @@ def real_rows(row: Row) -> list[Row]:
         return [row] if row.strides is None else list(_stretches(row, row.strides))
     if not any(tensor.is_conj() for tensor in row.tensors):
         as_pairs = torch.view_as_real
-        return [replace(row, source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
+        return [row._replace(source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
     # A conjugate view shares the memory of what it negates, so its halves go by themselves.
     seconds = [tuple(second[..., half] for second in row.seconds) for half in range(2)]
     return [
-        replace(row, source=row.source.real, averages=tuple(a.real for a in row.averages), seconds=seconds[0]),
-        replace(row, source=row.source.imag, averages=tuple(a.imag for a in row.averages), seconds=seconds[1]),
+        row._replace(source=row.source.real, averages=tuple(a.real for a in row.averages), seconds=seconds[0]),
+        row._replace(source=row.source.imag, averages=tuple(a.imag for a in row.averages), seconds=seconds[1]),
     ]
 
 
@@ -79,14 +77,13 @@ def _stretches(row: Row, strides: tuple[int, ...]) -> Iterator[Row]:
     part = row.averages[0]
     gaps = [d for d in range(part.dim()) if part.shape[d] > 1 and part.stride(d) != strides[d]]
     if part.numel() == 0 or not gaps:
-        yield replace(row, strides=None)
+        yield row._replace(strides=None)
         return
     # What is taken away last is what lies nearest in memory, of which the fewest stretches are cut.
     dimension = max(gaps, key=lambda d: part.stride(d))
     rest = strides[:dimension] + strides[dimension + 1 :]
     for number in range(part.shape[dimension]):
-        cut = replace(
-            row,
+        cut = row._replace(
             source=row.source.select(dimension, number),
             averages=tuple(average.select(dimension, number) for average in row.averages),
             seconds=tuple(second.select(dimension, number) for second in row.seconds),

@@ -14,7 +14,6 @@ import os
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -131,7 +130,7 @@ class _Set:
         self, staging: Staging, rows: Sequence[Row], copies: Mapping[str, Tensor], *, seed: int, note: str
     ) -> None:
         self.staging = staging
-        self.plan = Plan([replace(row, source=staging.tensors[row.name]) for row in rows], seed=seed, note=note)
+        self.plan = Plan([row._replace(source=staging.tensors[row.name]) for row in rows], seed=seed, note=note)
         self.copied: Copied | None = None
         self.done: Future[None] | None = None
         self._copying = Copies(list(copies.values()), [staging.tensors[name] for name in copies])

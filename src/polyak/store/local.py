@@ -60,6 +60,7 @@ class LocalStore:
         self.lent = lent
         self.guard: Guard | None = None
         self._host: Host | None = None
+        self._counters: list[Tensor] = []
         self._device = device
         self._entries: Sequence[Entry] | None = None
         if device is not None and device.type == "meta":
@@ -78,24 +79,37 @@ class LocalStore:
                 }
                 for profile, averages in self.averages.items()
             }
-            self._counted = frozenset(entry.name for entry in averaged if entry.is_parameter)
-            self._counters = self._count_together()
         self.copies: dict[str, Tensor] = {}
         self.swap: Swap | None = None
         self.pending = dict.fromkeys(self.averages, 0.0)
         self.bind(entries)
+        if lent:
+            self.lend()
         self.begin()
 
-    def _count_together(self) -> list[Tensor]:
-        """Gives the averages of parameters version counters in common, so that modules which hold them cost no time.
+    def lend(self) -> None:
+        """Lets modules hold the averages themselves: graphs that need them as they were notice each update.
 
-        Buffers keep their own, for a module in training mode writes to them while a graph holds its parameters.
+        The averages of parameters get version counters in common, so that this costs an update no time. Buffers keep
+        their own, for a module in training mode writes to them while a graph holds its parameters.
         """
-        places = [(averages, name) for averages in self.averages.values() for name in self._counted]
-        tensors, counters = counted_together([averages[name] for averages, name in places])
+        self.lent = True
+        if self._counters:
+            return
+        places = [
+            (averages, name) for averages in self.averages.values() for name in averages if name in self._parameters
+        ]
+        tensors, self._counters = counted_together([averages[name] for averages, name in places])
         for (averages, name), tensor in zip(places, tensors, strict=True):
             averages[name] = tensor
-        return counters
+        self._swaps.clear()
+        self._written = self._list_written()
+
+    def _list_written(self) -> list[Tensor]:
+        """What to count a change of, for all that an update writes to."""
+        counted = self._parameters if self._counters else set[str]()
+        averages = [t for averages in self.averages.values() for name, t in averages.items() if name not in counted]
+        return [*self._counters, *averages, *self.copies.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
@@ -201,11 +215,7 @@ class LocalStore:
         self.plan = Plan(rows, seed=self.modes.seed) if self._host is None else self._host.plan
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
         self._copying = Copies(*self._copy_pairs)
-        counted = self._counted if self._counters else frozenset[str]()
-        self._written = [*self._counters, *self.copies.values()]
-        self._written += [
-            tensor for averages in self.averages.values() for name, tensor in averages.items() if name not in counted
-        ]
+        self._written = self._list_written()
         self._finite_test: FiniteTest | None = None
         if self.guard is not None:
             self.catch_up()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 # A thread more for each of these: waking one costs about as much as that many elements.
@@ -19,16 +21,19 @@ class Crew:
     With more processes than cores, a thread that was put aside keeps the end of a parallel call waiting for
     milliseconds, however little there was to do. Large calls have to live with that; small ones are faster alone.
     The number of calls that are made alone doubles each time that others are waited for again.
+
+    A forked process has one thread: those of its parent are gone, and the OpenMP runtime would wait for them forever.
     """
 
     def __init__(self) -> None:
+        self._is_forked = False
         self._alone = 0
         self._next_alone = _FEWEST_ALONE
         self._in_time = 0
 
     def size(self, num_elements: int) -> int:
         """The threads for a call over so many elements."""
-        if num_elements < ELEMENTS_PER_THREAD:
+        if num_elements < ELEMENTS_PER_THREAD or self._is_forked:
             return 1
         if self._alone:
             self._alone -= 1
@@ -45,5 +50,11 @@ class Crew:
             if self._in_time >= _MOST_ALONE:
                 self._next_alone = _FEWEST_ALONE
 
+    def note_fork(self) -> None:
+        """Notes that this process is a forked one."""
+        self._is_forked = True
+
 
 CREW = Crew()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=CREW.note_fork)
