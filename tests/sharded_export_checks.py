@@ -10,6 +10,7 @@ import polyak
 import sharded_layout_checks
 import sharded_zoo
 import zoo
+from polyak import checkpoints
 from ranks import on
 from sharded_zoo import PROFILES, make, shard
 
@@ -27,7 +28,7 @@ def _trained():
 def one_rank_writes_the_whole_file(folder):
     _, average = _trained()
     writers = []
-    write = polyak.exporting.write_safetensors
+    write = checkpoints.write_safetensors
 
     def noting(path, tensors, **options):
         writers.append(distributed.get_rank())
@@ -35,12 +36,12 @@ def one_rank_writes_the_whole_file(folder):
         assert largest < 11 * 8  # nothing is whole before it is written
         write(path, tensors, **options)
 
-    polyak.exporting.write_safetensors = noting
+    checkpoints.write_safetensors = noting
     try:
         average.export(folder / "whole.safetensors")
         average.export(folder / "short.safetensors", dtype=torch.bfloat16)
     finally:
-        polyak.exporting.write_safetensors = write
+        checkpoints.write_safetensors = write
     assert writers == ([0, 0] if distributed.get_rank() == 0 else [])
     right = average.weights()
     assert zoo.bit_equal(load_file(folder / "whole.safetensors"), right)
