@@ -12,7 +12,8 @@ import polyak
 from polyak.kernels import Plan, Row, rounding
 
 CAN_RUN = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
+MARKS = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
+pytestmark = MARKS
 
 if CAN_RUN:
     import triton_cases as cases
@@ -20,7 +21,8 @@ if CAN_RUN:
     from triton_cases import *  # noqa: F403  # its tests are tests here, with the blocks that users have
     from triton_cases import pytestmark as _filters
 
-    pytestmark = [*pytestmark, _filters]
+    # The star imports have just replaced it by the marks of the cases.
+    pytestmark = [*MARKS, _filters]
 
     from polyak.kernels.gpu.control import Control
     from polyak.kernels.gpu.launch import Triton
