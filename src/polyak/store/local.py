@@ -241,6 +241,8 @@ class LocalStore:
         elif self.guard is not None:
             self.guard.add(list(step.growth.values()))
             self.guard.run(look=step.look)
+            if step.look:
+                self.guard.note()
         else:
             pending = {profile: self.pending[profile] + growth for profile, growth in step.growth.items()}
             self.plan.run([-math.expm1(-growth) for growth in pending.values()], step.number)
