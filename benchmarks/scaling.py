@@ -58,13 +58,15 @@ def curve(title: str, shapes: Sequence[Shape], *, by_entries: bool, device: str 
         if contender.name in DRAWN or contender.kind is Kind.LIMIT
     ]
     measured = [measure(FLOAT32, shape, device=device, contenders=contenders) for shape in shapes]
+    times = {
+        contender.name: [row.time.median for each in measured if (row := each.row(contender.name))]
+        for contender in contenders
+    }
     return Curve(
         title,
         [each.shape.entries if by_entries else each.parameters for each in measured],
-        {
-            contender.name: [row.time.median for each in measured if (row := each.row(contender.name))]
-            for contender in contenders
-        },
+        # Without those that were left out somewhere, for want of a package or of memory.
+        {name: each for name, each in times.items() if len(each) == len(measured)},
         next(contender.name for contender in contenders if contender.kind is Kind.LIMIT),
     )
 
