@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import rich.box
-import rich.table
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,11 @@ class Table:
     num_text: int = 1
     note: str = ""
 
-    def rich(self) -> rich.table.Table:
+    def rich(self) -> "rich.table.Table":
+        # Imported here, because records are written where rich may not be installed.
+        import rich.box
+        import rich.table
+
         table = rich.table.Table(
             title=self.title,
             title_justify="left",

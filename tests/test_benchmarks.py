@@ -1,15 +1,19 @@
 """The benchmarks' own arithmetic: medians, ratios, marks, and that nobody is timed who did not average."""
 
+import io
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from torch import distributed, nn
 
-from benchmarks import account, host, inspect_large, language, limits, ours, peers, sharded, shardings
+import benchmarks.__main__ as commands
+from benchmarks import account, host, inspect_large, language, limits, ours, peers, scaling, sharded, shardings
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -17,6 +21,7 @@ from benchmarks.error import DECAYS, NOISY_DECAY, Error, ErrorRun, compare, trai
 from benchmarks.error_bounds import BOUNDS, error_verdicts
 from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, STOCHASTIC, FollowerRow
 from benchmarks.limits import FLAT_FORMS, copy_of, lerp_of
+from benchmarks.records import write_atomically
 from benchmarks.results import Results, as_record, write
 from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
 from benchmarks.suites import FLOAT32, SUITES
@@ -444,6 +449,57 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
     assert [path.name for path in paths] == ["cpu-2-threads.json", "cpu-2-threads.md"]
     assert '"polyak.WeightAverage"' in paths[0].read_text()
     assert "| polyak.WeightAverage | 0.200 |" in paths[1].read_text()
+
+
+@pytest.mark.protects
+def test_a_run_is_written_after_each_table(tmp_path, monkeypatch):
+    """A missing package of a model, or too little memory for it, costs that model alone."""
+    shapes = [
+        TINY,
+        replace(TINY, title="of a library", build=missing),
+        replace(TINY, title="a large one", build=out_of_memory),
+        replace(TINY, title="the last"),
+    ]
+    monkeypatch.setattr(commands, "SHAPES", shapes)
+    written = []
+    monkeypatch.setattr(commands.results, "write", lambda *about: written.append(write(*about)) or written[-1])
+    text = io.StringIO()
+    shown = commands.Shown(Console(file=text, width=150), "cpu", tmp_path)
+    commands.measure_updates(shown, "float32", "small", "polyak.WeightAverage", 1)
+    assert len(written) == 2
+    record = json.loads(written[-1][0].read_text())
+    assert [update["shape"] for update in record["updates"]] == [TINY.title, "the last"]
+    assert "of a library: left out (ModuleNotFoundError: No module named 'no_such_library')" in text.getvalue()
+    assert "a large one: left out (OutOfMemoryError" in text.getvalue()
+
+
+def test_a_gpu_is_measured_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert commands.devices() == ["cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert commands.devices() == ["cpu"]
+
+
+@pytest.mark.protects
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    write_atomically(tmp_path / "x", "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "x", "a" * 100_000 + "\ud800")
+    assert (tmp_path / "x").read_text() == "before"
+
+
+def test_curves_are_of_those_that_were_timed_at_each_size():
+    class Once:
+        num_built = 0
+
+        def __call__(self, model):
+            self.num_built += 1
+            return out_of_memory() if self.num_built > 1 else ours.weight_average(model)
+
+    contenders = (WEIGHT_AVERAGE, replace(WEIGHT_AVERAGE, name="timm ModelEmaV3", build=Once()))
+    suite = replace(FLOAT32, contenders=contenders)
+    found = scaling.curve("x", [TINY, TINY], by_entries=True, suite=suite)
+    assert list(found.milliseconds) == ["polyak.WeightAverage", "flat lerp_"]
 
 
 def test_a_model_of_one_tensor():
