@@ -38,7 +38,8 @@ class Table:
 
     def rows_in_markdown(self) -> str:
         rule = ["---" if number < self.num_text else "---:" for number in range(len(self.columns))]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows))
+        rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows))
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def markdown(self) -> str:
         note = (self.note, "") if self.note else ()

@@ -44,7 +44,8 @@ class LeftOut(dict[str, str]):
         except Exception as error:
             if contender.kind is not Kind.PEER:
                 raise
-            self[contender.name] = f"{type(error).__name__}: {error}"
+            first_line, *_ = *str(error).splitlines(), ""
+            self[contender.name] = f"{type(error).__name__}: {first_line}"
 
 
 @dataclass(frozen=True)
