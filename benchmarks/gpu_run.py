@@ -1,8 +1,8 @@
-"""One command for a GPU that is at hand for minutes: `python benchmarks/gpu_run.py OUT [--seconds 450] [--only smoke]`.
+"""Tests and benchmarks on a GPU that is available for minutes: `python benchmarks/gpu_run.py OUT [--seconds 450]`.
 
-Parts run in the order of their worth, each in processes of its own with a box of time: one that fails, hangs or breaks
-CUDA costs its box and nothing else. OUT gets a log of each part, and a record that is written anew after each of them:
-copy its two files `gpu-*` to benchmarks/results/. Exit code: 0 if all parts have passed.
+The most valuable parts run first. Each runs in processes of its own, in a time box: a part that fails, hangs or breaks
+CUDA costs its time box and nothing else. OUT gets a log of each part and a record, which is written again after each
+part; copy its two files `gpu-*` to benchmarks/results/. Exit code: 0 if all parts have passed, else 1.
 
 It runs in a checkout that is not installed:
 
@@ -20,21 +20,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.gpu import box, parts
 from benchmarks.gpu.parts import PARTS, Part
-from benchmarks.gpu.record import INTERRUPTED, NOT_BEGUN, PASSED, PartRecord, Record
+from benchmarks.gpu.record import INTERRUPTED, NOT_STARTED, PASSED, PartRecord, Record
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     names = [part.name for part in PARTS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="the folder for logs and record")
+    parser.add_argument("out", type=Path, help="the folder for the logs and the record")
     parser.add_argument("--seconds", type=float, default=450, help="for all parts")
     parser.add_argument("--only", default=",".join(names), help=f"some of {', '.join(names)}")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu tries the way, on small models")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a trial, on small models")
     given = parser.parse_args(arguments)
     only = given.only.split(",")
     if unknown := set(only) - set(names):
         parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing which was begun outlives it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which kills the processes of the part
     record = Record(given.device, parts.missing([*parts.NEEDED, *parts.COMPARED]))
     if record.missing:
         print(f"not installed: {', '.join(record.missing)}", flush=True)
@@ -49,7 +49,7 @@ def run(chosen: Sequence[Part], record: Record, out: Path, *, seconds: float) ->
     end = time.monotonic() + seconds
     for part in chosen:
         left = end - time.monotonic()
-        found = PartRecord(part.name, NOT_BEGUN, box=min(part.seconds, left))
+        found = PartRecord(part.name, NOT_STARTED, box=min(part.seconds, left))
         record.parts.append(found)
         try:
             if left < part.least:

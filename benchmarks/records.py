@@ -1,4 +1,4 @@
-"""Records of runs as files: JSON to compare, markdown to read. Needs nothing that is not in Python's own library."""
+"""Records of runs as files: JSON to compare, markdown to read. Needs the standard library only."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def write_files(stem: str, record: Mapping[str, Any], text: str, folder: Path = 
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """A run may be ended while it writes, or the machine taken away: then the file is as it was before."""
+    """Leaves the file as it was if the process is killed while it writes."""
     temporary = path.with_name(f".{path.name}.part")
     with temporary.open("w") as file:
         file.write(content)

@@ -15,7 +15,7 @@ from benchmarks import gpu_run, rates
 from benchmarks.bounds import GPU_BOUNDS
 from benchmarks.gpu import parts, sentence
 from benchmarks.gpu.parts import Part
-from benchmarks.gpu.record import FAILED, NOT_BEGUN, OVER, PASSED, Record
+from benchmarks.gpu.record import FAILED, NOT_STARTED, PASSED, TIMED_OUT, Record
 from benchmarks.gpu.updates import divided
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import FLOAT32, PROFILES, SUITES
@@ -71,10 +71,10 @@ def test_a_part_that_fails_hangs_or_dies_costs_its_box_and_what_was_found_is_kep
     outcomes = {each["name"]: (each["outcome"], list(each["exit_codes"].values())) for each in record["parts"]}
     assert outcomes == {
         "fails": (FAILED, [1]),
-        "hangs": (OVER, [None]),
+        "hangs": (TIMED_OUT, [None]),
         "exits": (FAILED, [3]),
         "dies": (FAILED, [-signal.SIGKILL]),
-        "half": (OVER, [0, None]),
+        "half": (TIMED_OUT, [0, None]),
         "passes": (PASSED, [0]),
     }
     for name in [*outcomes, "half1"]:
@@ -96,7 +96,7 @@ def is_running(process):
 
 def test_what_there_is_no_time_for_is_not_begun(tmp_path):
     record, text = run([part("long", "pass", least=50.0)], tmp_path, seconds=20.0)
-    assert record["parts"][0]["outcome"] == NOT_BEGUN
+    assert record["parts"][0]["outcome"] == NOT_STARTED
     assert "20 s were left, and it needs 50" in text
     assert not (tmp_path / "long.log").exists()
 
@@ -169,9 +169,9 @@ def test_results_of_tests_are_read_from_what_pytest_prints(end, tmp_path):
     (tmp_path / "tests" / "test_it.py").write_text(TESTS_OF_ALL_KINDS + end)
     arguments = [*parts.pytest("test_it")[2:], "-s", "-c", os.devnull, "--rootdir", str(tmp_path)]
     code = f"import os, pytest; os.chdir({str(tmp_path)!r}); raise SystemExit(pytest.main({arguments}))"
-    it = Part("tests", 8.0, 0.0, lambda device, seconds: {"test_it": ["-c", code]})
+    it = Part("tests", 12.0, 0.0, lambda device, seconds: {"test_it": ["-c", code]})
     record, text = run([it], tmp_path / "out")
-    assert record["parts"][0]["outcome"] == (OVER if "hangs" in end else FAILED)
+    assert record["parts"][0]["outcome"] == (TIMED_OUT if "hangs" in end else FAILED)
     under_way = end.removeprefix("def ").partition("(")[0]
     under_way = f"tests/test_it.py::{under_way}" if under_way else ""
     expected = {"passed": 3, "skipped": 1, "failed": ["tests/test_it.py::test_fails"], "under_way": under_way}
@@ -182,10 +182,10 @@ def test_results_of_tests_are_read_from_what_pytest_prints(end, tmp_path):
 
 def test_on_a_gpu_a_file_without_a_test_that_passed_has_failed(tmp_path):
     record = Record("cuda")
-    commands = {"test_gpu": ["-c", SAY + "emit(test='test_x', what='skipped')"]}
+    commands = {"test_gpu": ["-c", SAY + "emit(test='test_x', event='skipped')"]}
     gpu_run.run([Part("tests", 60.0, 0.0, lambda *_: commands)], record, tmp_path, seconds=60.0)
     assert record.parts[0].outcome == FAILED
-    assert record.parts[0].failures == ["no test of test_gpu has passed"]
+    assert record.parts[0].failures == ["no test in test_gpu has passed"]
 
 
 @pytest.mark.parametrize("names", [parts.UPDATES, parts.OTHERS], ids=["updates", "others"])
@@ -250,7 +250,7 @@ def test_the_latest_record_of_a_gpu_is_told(tried):
     num_skipped = sum(file["skipped"] for file in record["tests"].values())
     assert num_skipped > 60
     assert text == (
-        f"On one NVIDIA H100, with torch 2.11.0, 2030-01-02: 5 of {num_skipped + 6} tests for GPUs passed; an update "
+        f"On one NVIDIA H100, with torch 2.11.0, 2030-01-02: 5 of {num_skipped + 6} GPU tests passed; an update "
         "of 1000 small tensors is 43.2 times as fast as timm's ModelEmaV3 ([record](benchmarks/results/gpu-b.md))."
     )
 
@@ -258,7 +258,7 @@ def test_the_latest_record_of_a_gpu_is_told(tried):
 def test_what_is_told_of_a_record_is_a_bound_for_gpus():
     titles = {shape.name: shape.title for shape in SHAPES}
     bounds = {(bound.suite.name, titles[shape], bound.what) for bound in GPU_BOUNDS for shape in bound.shapes}
-    assert sentence.TOLD.keys() <= bounds
+    assert sentence.QUOTED.keys() <= bounds
 
 
 def test_the_readme_says_what_the_records_say():

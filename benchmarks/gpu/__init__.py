@@ -1,1 +1,1 @@
-"""What `benchmarks/gpu_run.py` runs on a GPU that is at hand for minutes."""
+"""The parts of `benchmarks/gpu_run.py`, which runs on a GPU that is available for minutes."""

@@ -1,4 +1,4 @@
-"""Says on what machine a run is: `python -m benchmarks.gpu.about cuda`."""
+"""Reports the machine: `python -m benchmarks.gpu.about cuda`."""
 
 import sys
 

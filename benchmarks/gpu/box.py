@@ -1,4 +1,4 @@
-"""Runs commands side by side in a box of time: whatever they do, it ends, and what they printed is kept."""
+"""Runs commands side by side in a time box: they are killed when it is over, and what they have printed is kept."""
 
 import os
 import signal
@@ -11,23 +11,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-GRACE = 3.0  # seconds after the box, in which a command may still say what it knows
+GRACE = 3.0  # seconds between the interruption and the kill
 ROOT = Path(__file__).parents[2]
 
 Take = Callable[[str, str], object]
 
 
 def run(commands: Mapping[str, Sequence[str]], *, seconds: float, log: Path, take: Take) -> dict[str, int | None]:
-    """Runs arguments of Python, each in a group of processes of its own.
+    """Runs Python with each list of arguments, in a process group of its own.
 
     Args:
-        commands: by a name that is put before each line in the log.
-        seconds: the box; what still runs afterwards is interrupted, and killed after a moment.
-        log: a file for all that they print.
-        take: is given the name of a command and each line that it prints.
+        commands: the arguments, by the name that is put before each line in the log.
+        seconds: the time box. Processes that still run then are interrupted, and killed a moment later.
+        log: the file for their output.
+        take: called with the name of a command and each line that it prints.
 
     Returns:
-        The exit codes by name; None for a command that was ended because its box was over.
+        The exit codes by name; None for a command that timed out.
     """
     end = time.monotonic() + seconds
     running: dict[str, subprocess.Popen[str]] = {}
@@ -43,11 +43,11 @@ def run(commands: Mapping[str, Sequence[str]], *, seconds: float, log: Path, tak
             _interrupt([running[name] for name, code in codes.items() if code is None])
         finally:
             for process in running.values():
-                _signal(process, signal.SIGKILL)  # what it has started, and itself
-                # Not for ever: a process that waits inside of a driver does not even die.
+                _signal(process, signal.SIGKILL)  # and whatever it has started
+                # With a limit: a process that is stuck in a driver does not even die.
                 _wait(process, time.monotonic() + GRACE)
             for reader in readers:
-                reader.join(GRACE)  # a process that left its group may hold the pipe open
+                reader.join(GRACE)  # with a limit: a process that left its group may hold the pipe open
             with lock:
                 file.flush()
     return codes
@@ -63,6 +63,8 @@ def _begin(command: Sequence[str]) -> "subprocess.Popen[str]":
                 map(str, (ROOT / "src", ROOT, *filter(None, [os.environ.get("PYTHONPATH")])))
             ),
             "PYTHONUNBUFFERED": "1",
+            # Plugins of other packages may warn, and warnings are errors in our tests.
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -93,7 +95,7 @@ def _wait(process: "subprocess.Popen[str]", end: float) -> int | None:
 
 
 def _interrupt(late: Sequence["subprocess.Popen[str]"]) -> None:
-    """As Ctrl-C does: pytest then says what has failed so far."""
+    """Like Ctrl-C, so that pytest still prints its failures."""
     for process in late:
         _signal(process, signal.SIGINT)
     end = time.monotonic() + GRACE
@@ -102,6 +104,6 @@ def _interrupt(late: Sequence["subprocess.Popen[str]"]) -> None:
 
 
 def _signal(process: "subprocess.Popen[str]", number: signal.Signals) -> None:
-    # The group is named after its first process, and may outlive it.
+    # The group has the number of its first process, and may outlive it.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, number)

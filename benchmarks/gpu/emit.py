@@ -1,4 +1,4 @@
-"""How a part says what it has found: a line of JSON among whatever else it prints. Needs Python's own library only."""
+"""How a part reports results: lines of JSON among everything else that it prints. Needs the standard library only."""
 
 import json
 from typing import Any, TextIO
@@ -7,14 +7,14 @@ PREFIX = "@polyak "
 
 
 def emit(file: TextIO | None = None, **found: Any) -> None:
-    """Says it at once, so that it is not lost if the part is ended afterwards."""
+    """Prints results and flushes, so that they are kept if the process is killed afterwards."""
     print(PREFIX + json.dumps(found), file=file, flush=True)
 
 
 def emitted(line: str) -> dict[str, Any]:
-    """What a line says; nothing if it is another line, or was cut off because its process was ended."""
-    _, _, said = line.partition(PREFIX)
+    """The results in a line; empty for other lines, and for a line that was cut off when its process was killed."""
+    _, _, text = line.partition(PREFIX)
     try:
-        return json.loads(said) if said else {}
+        return json.loads(text) if text else {}
     except ValueError:
         return {}

@@ -1,4 +1,4 @@
-"""The parts of a run on a GPU, in the order of their worth."""
+"""The parts of a run on a GPU, the most valuable first."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class Part:
 
     Attributes:
         name: for the command line.
-        seconds: its box.
-        least: it is not begun with fewer seconds than that.
-        commands: arguments of Python, for a device and a number of seconds, by the name of each process.
+        seconds: its time box.
+        least: seconds that must be left for the part to be started.
+        commands: gives the arguments for Python by the name of each process, for a device and the seconds there are.
     """
 
     name: str
@@ -60,16 +60,16 @@ def smoke(device: str, seconds: float) -> dict[str, list[str]]:
 
 
 def tests(device: str, seconds: float) -> dict[str, list[str]]:
-    """A file each, side by side; and what machine it is, which pytest does not say."""
+    """One process for each test file, and one that reports the machine, which pytest does not."""
     return {"machine": ["-m", "benchmarks.gpu.about", device], **{name: pytest(name) for name in TESTS}}
 
 
 def pytest(name: str) -> list[str]:
-    """With a trace of a test that hangs."""
+    """Prints the stack of a test that takes longer than a minute."""
     options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
-    options += ["-p", "benchmarks.gpu.tests_told"]
+    options += ["-p", "benchmarks.gpu.pytest_plugin"]
     if find_spec("pytest_timeout"):
-        options += ["--timeout", "90"]
+        options += ["-p", "pytest_timeout", "--timeout", "90"]
     return ["-m", "pytest", *options, f"tests/{name}.py"]
 
 
@@ -86,7 +86,7 @@ def measurements(device: str, seconds: float, names: Sequence[str]) -> list[str]
 
 
 def host(device: str, seconds: float) -> dict[str, list[str]]:
-    return {"host": ["-m", "benchmarks.gpu.beside", device]}
+    return {"host": ["-m", "benchmarks.gpu.host", device]}
 
 
 PARTS = (

@@ -1,4 +1,4 @@
-"""The record of a run on a GPU: what its parts have said so far, as one more file of `benchmarks/results/`."""
+"""The record of a run on a GPU, in the form of the others in `benchmarks/results/`: what its parts have reported."""
 
 import re
 from dataclasses import asdict, dataclass, field
@@ -10,31 +10,31 @@ from benchmarks.records import markdown, write_files
 from benchmarks.table import Table, digits, mark
 
 TITLE = "What averages cost on a GPU"
-PASSED, FAILED, OVER = "passed", "failed", "its box was over"
-NOT_BEGUN, INTERRUPTED = "not begun", "interrupted"
-MOST_LINES = 25  # of what failed, for one part
+PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
+NOT_STARTED, INTERRUPTED = "not started", "interrupted"
+MOST_FAILURES = 25  # that are shown of one part
 MOST_CHARACTERS = 200
-TELLING = ("FAILED ", "ERROR ", "E   ")
+FAILURES = ("FAILED ", "ERROR ", "E   ")  # how pytest begins lines about them
 
 
 @dataclass
 class TestFile:
-    """What became of the tests of one file; `under_way` is the test that had not ended when the process did."""
+    """The outcomes of the tests in one file; `under_way` is the test that was running when the process ended."""
 
     passed: int = 0
     skipped: int = 0
     failed: list[str] = field(default_factory=list[str])
     under_way: str = ""
 
-    def take(self, test: str, what: str) -> None:
-        """Takes what `tests_told` says of a test."""
-        if what == "begun":
+    def take(self, test: str, event: str) -> None:
+        """Takes what `pytest_plugin` reports of a test."""
+        if event == "started":
             self.under_way = test
-        elif what == "ended":
+        elif event == "ended":
             self.under_way = ""
-        elif what == "failed":
+        elif event == "failed":
             self.failed.append(test)
-        elif what == "skipped":
+        elif event == "skipped":
             self.skipped += 1
         else:
             self.passed += 1
@@ -42,7 +42,7 @@ class TestFile:
 
 @dataclass
 class PartRecord:
-    """What became of a part, with the exit code and the last line of each process; None for those that were ended."""
+    """The outcome of a part, with the exit code of each process (None if it timed out) and the last line it printed."""
 
     name: str
     outcome: str
@@ -56,16 +56,16 @@ class PartRecord:
 
 @dataclass
 class Record:
-    """All that is known so far.
+    """What is known so far.
 
     Attributes:
         device: cuda or cpu.
         missing: packages that are not installed.
-        machine: as `benchmarks.machine` describes it.
-        parts: in the order in which they were run.
-        tests: by file.
-        found: what parts have said for the record, by its key.
-        tables: what they have said for readers.
+        machine: its description by `benchmarks.machine`.
+        parts: the outcomes of the parts, in the order in which they were run.
+        tests: outcomes by test file.
+        found: the other results, by their keys in the JSON file.
+        tables: the tables that parts have reported, for the markdown file.
     """
 
     device: str
@@ -78,23 +78,23 @@ class Record:
 
     def take(self, part: PartRecord, process: str, line: str) -> None:
         """Takes a line that a process of a part has printed."""
-        said = emitted(line)
-        self.machine = said.get("machine", self.machine)
-        if "table" in said:
-            self.tables.append(Table(**said["table"]))
-        if "update" in said:
-            self.found["updates"].append(said["update"])
-        self.found["verdicts"] += said.get("verdicts", [])
-        self.found.update({key: said[key] for key in ("bits", "copies", "host") if key in said})
-        if "note" in said:
-            part.notes.append(" ".join(said["note"].split()))
-        if "test" in said:
-            self.tests.setdefault(process, TestFile()).take(**said)
-        if "failure" in said:
-            part.failures.append(said["failure"])
-        elif line.startswith(TELLING):
+        results = emitted(line)
+        self.machine = results.get("machine", self.machine)
+        if "table" in results:
+            self.tables.append(Table(**results["table"]))
+        if "update" in results:
+            self.found["updates"].append(results["update"])
+        self.found["verdicts"] += results.get("verdicts", [])
+        self.found.update({key: results[key] for key in ("bits", "copies", "host") if key in results})
+        if "note" in results:
+            part.notes.append(" ".join(results["note"].split()))
+        if "test" in results:
+            self.tests.setdefault(process, TestFile()).take(**results)
+        if "failure" in results:
+            part.failures.append(results["failure"])
+        elif line.startswith(FAILURES):
             part.failures.append(line)
-        if line.strip() and not said:
+        if line.strip() and not results:
             part.last_lines[process] = line[:MOST_CHARACTERS]
 
     def end(self, part: PartRecord, exit_codes: dict[str, int | None]) -> None:
@@ -102,13 +102,13 @@ class Record:
         part.exit_codes = exit_codes
         if self.device == "cuda":
             files = [name for name in exit_codes if name.startswith("test_")]
-            idle = [name for name in files if not self.tests.setdefault(name, TestFile()).passed]
-            part.failures += [f"no test of {name} has passed" for name in idle]
+            without = [name for name in files if not self.tests.setdefault(name, TestFile()).passed]
+            part.failures += [f"no test in {name} has passed" for name in without]
         if not part.failures:
             failed = [process for process, code in exit_codes.items() if code]
             part.failures += [f"{name}: {part.last_lines.get(name, 'printed nothing')}" for name in failed]
         if None in exit_codes.values():
-            part.outcome = OVER
+            part.outcome = TIMED_OUT
         else:
             part.outcome = FAILED if any(exit_codes.values()) or part.failures else PASSED
 
@@ -133,7 +133,7 @@ class Record:
         return [table for table in tables if table.rows]
 
     def write(self, folder: Path) -> list[Path]:
-        """Two files, named after the GPU as soon as it is known."""
+        """Writes two files, which are named after the GPU once it is known."""
         about = dict(self.machine)
         if self.missing:
             about["not installed"] = ", ".join(self.missing)
@@ -147,20 +147,20 @@ class Record:
             (part.name, part.outcome, "; ".join(part.notes), f"{part.seconds:.0f}", f"{part.box:.0f}")
             for part in self.parts
         ]
-        return Table("Parts of the run", ("part", "outcome", "notes", "seconds", "box"), rows, num_text=3)
+        return Table("Parts of the run", ("part", "outcome", "notes", "seconds", "time box"), rows, num_text=3)
 
     def _tests(self) -> Table:
         rows = [
             (name, file.under_way, str(file.passed), str(len(file.failed)), str(file.skipped))
             for name, file in self.tests.items()
         ]
-        return Table("Tests", ("file", "had not ended", "passed", "failed", "skipped"), rows, num_text=2)
+        return Table("Tests", ("file", "running at the end", "passed", "failed", "skipped"), rows, num_text=2)
 
     def _failures(self) -> Table:
         rows = [
             (part.name, " ".join(line.split())[:MOST_CHARACTERS])
             for part in self.parts
-            for line in part.failures[:MOST_LINES]
+            for line in part.failures[:MOST_FAILURES]
         ]
         return Table("What failed", ("part", "what"), rows, num_text=2)
 

@@ -1,4 +1,4 @@
-"""What the README says of GPUs, from the records: `python -m benchmarks.gpu.sentence --write` brings it up to date."""
+"""The README's sentence on GPUs, made from the records: `python -m benchmarks.gpu.sentence --write` updates it."""
 
 import json
 import re
@@ -14,11 +14,11 @@ README = Path(__file__).parents[2] / "README.md"
 PLACE = re.compile(r"(<!-- gpu -->\n)(.*?)(\n<!-- /gpu -->)", re.DOTALL)
 WIDTH = 120
 NOT_YET = (
-    "Not yet run on a GPU: the kernel for GPUs is tested in Triton's interpreter and in its compiler, and "
-    "`python benchmarks/gpu_run.py OUT` runs all tests and benchmarks on one."
+    "Not yet run on a GPU. The GPU kernel is tested in Triton's interpreter, and its launches up to the driver; "
+    "`python benchmarks/gpu_run.py OUT` runs all tests and benchmarks on a GPU."
 )
-# What is told of the verdicts of a record: of which averages, model and measure, and how.
-TOLD = {
+# The verdicts of a record that the sentence quotes, by averages, model and measure.
+QUOTED = {
     ("float32", "1000 tensors of 32x32", "times as fast as timm ModelEmaV3"): (
         "an update of 1000 small tensors is {:.1f} times as fast as timm's ModelEmaV3"
     ),
@@ -34,7 +34,7 @@ def records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
 
 
 def sentence(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """From records by the names of their files: of the latest run of `gpu_run.py` on a GPU, if there is one."""
+    """The sentence on the latest record of `gpu_run.py` on a GPU, from records by the stems of their files."""
     on_gpu = {name: each for name, each in found.items() if "gpu" in each["machine"] and "parts" in each}
     if not on_gpu:
         return NOT_YET
@@ -42,16 +42,16 @@ def sentence(found: Mapping[str, Mapping[str, Any]]) -> str:
     machine = record["machine"]
     facts = [tests_passed(record)] if record["tests"] else []
     values = {(each["suite"], each["shape"], each["what"]): each["value"] for each in record["verdicts"]}
-    facts += [text.format(values[key]) for key, text in TOLD.items() if key in values]
+    facts += [text.format(values[key]) for key, text in QUOTED.items() if key in values]
     where = f"On one {machine['gpu']}, with torch {machine['torch']}, {machine['date']}"
-    return f"{where}: {'; '.join(facts) or 'nothing passed'} ([record](benchmarks/results/{name}.md))."
+    return f"{where}: {'; '.join(facts) or 'no results'} ([record](benchmarks/results/{name}.md))."
 
 
 def tests_passed(record: Mapping[str, Any]) -> str:
     files = record["tests"].values()
     passed = sum(file["passed"] for file in files)
     others = sum(len(file["failed"]) + file["skipped"] + bool(file["under_way"]) for file in files)
-    return f"{passed} of {passed + others} tests for GPUs passed"
+    return f"{passed} of {passed + others} GPU tests passed"
 
 
 def wrapped(text: str) -> str:

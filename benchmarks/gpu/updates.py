@@ -1,6 +1,6 @@
 """Times updates one after another: `python -m benchmarks.gpu.updates cuda 140 float32:llama-1b mixed:small`.
 
-Each is said when it is done. One that fails is named, and the next begins.
+Each measurement is reported when it is done. If one fails, it is named and the next one starts.
 """
 
 import gc
@@ -21,27 +21,28 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.suites import SUITES, Suite
 from benchmarks.update import Measurement, measure
 
-# Seconds: a measurement that begins later would most likely not be done in the box.
+# Seconds: a measurement that starts later would hardly be done before the time box is over.
 LEAST = 15.0
-# On a CPU only the way is tried: what is timed there is in the records of `python -m benchmarks`.
+# A run on a CPU is only a trial.
 ROUNDS_ON_CPU = 5
-# Of other libraries those that may be the fastest; the rest would take too long on the largest models.
+# The other libraries that are timed on the largest models; the rest would take too long there.
 FAST_PEERS = ("timm ModelEmaV3", "torch AveragedModel", "ema-pytorch")
 TOO_SLOW = "too slow for a model as large as this"
 
 
 def main(device: str, seconds: float, names: Sequence[str]) -> int:
-    """Returns how many have failed."""
+    """Returns the number of failures."""
     end = time.monotonic() + seconds
     emit(machine=machine.describe(device))
-    num_failed = 0
+    num_failed = num_measured = 0
     for name in names:
         if end - time.monotonic() < LEAST:
-            emit(note=f"{name} was not begun, as no time was left")
+            emit(note=f"{name} was not started for lack of time")
             continue
         started = time.monotonic()
         try:
-            say(measure_one(name, torch.device(device)))
+            report(measure_one(name, torch.device(device)))
+            num_measured += 1
         except (ImportError, torch.OutOfMemoryError) as error:
             emit(note=f"{name} is left out: {type(error).__name__}: {error}")
         except Exception as error:
@@ -50,7 +51,9 @@ def main(device: str, seconds: float, names: Sequence[str]) -> int:
             emit(failure=f"{name}: {type(error).__name__}: {error}")
         gc.collect()
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-    return num_failed
+    if not num_measured:
+        emit(failure="nothing was measured")
+    return num_failed + (not num_measured)
 
 
 def measure_one(name: str, device: torch.device) -> Measurement:
@@ -65,7 +68,7 @@ def measure_one(name: str, device: torch.device) -> Measurement:
 
 
 def divided(suite: Suite, shape: Shape, device: torch.device) -> tuple[list[Contender], list[Contender]]:
-    """Who is timed, and who is not."""
+    """The contenders that are timed, and those that are not."""
     everybody = suite.all_contenders(device)
     too_slow = [
         each
@@ -75,7 +78,7 @@ def divided(suite: Suite, shape: Shape, device: torch.device) -> tuple[list[Cont
     return [each for each in everybody if each not in too_slow], too_slow
 
 
-def say(measurement: Measurement) -> None:
+def report(measurement: Measurement) -> None:
     found = verdicts([measurement])
     table = tables.update_table(measurement)
     print(table.markdown())

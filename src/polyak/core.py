@@ -153,7 +153,7 @@ class Core:
                 f"call update() alone. The plan is\n{self.store.plan}"
             )
         self._raise_late()
-        # Of the replay before: no event can be recorded in a capture, and nothing is called after a replay.
+        # For the replay before this call: a capture cannot record an event, and nothing is called after a replay.
         guard.note()
         if clock.num_updates > self.clock.num_updates:
             guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])

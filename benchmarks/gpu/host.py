@@ -1,4 +1,4 @@
-"""Averages on the host beside a training, as a part of a run: `python -m benchmarks.gpu.beside cuda`."""
+"""Reports what averages in CPU memory cost the training: `python -m benchmarks.gpu.host cuda`."""
 
 import sys
 from dataclasses import asdict
