@@ -152,6 +152,17 @@ def test_raise_in_a_graph_comes_with_the_second_next_advance(finish):
     assert average.num_updates == 2
 
 
+@pytest.mark.protects
+def test_wait_raises_for_the_last_replay():
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    average.advance()
+    with spoilt(model):
+        average._core.store.guard.run(look=True)
+    with pytest.raises(polyak.StateError, match=HELD_EARLIER):
+        average.wait()
+    average.wait()
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_restart_after_a_bad_step_takes_what_is_pending_along(mode):
     model, average, *_ = pair(PROFILES, nonfinite="skip", **mode)

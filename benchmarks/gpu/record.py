@@ -100,13 +100,13 @@ class Record:
     def end(self, part: PartRecord, exit_codes: dict[str, int | None]) -> None:
         """Takes the exit codes of the processes of a part."""
         part.exit_codes = exit_codes
+        if not part.failures:
+            failed = [process for process, code in exit_codes.items() if code]
+            part.failures += [f"{name}: {part.last_lines.get(name, 'printed nothing')}" for name in failed]
         if self.device == "cuda":
             files = [name for name in exit_codes if name.startswith("test_")]
             without = [name for name in files if not self.tests.setdefault(name, TestFile()).passed]
             part.failures += [f"no test in {name} has passed" for name in without]
-        if not part.failures:
-            failed = [process for process, code in exit_codes.items() if code]
-            part.failures += [f"{name}: {part.last_lines.get(name, 'printed nothing')}" for name in failed]
         if None in exit_codes.values():
             part.outcome = TIMED_OUT
         else:

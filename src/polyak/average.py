@@ -223,7 +223,7 @@ class WeightAverage:
 
         Raises:
             StateError: the updates of this average cannot be left to a device. With `nonfinite="raise"`: the model was
-                not finite in an earlier replay; this is known at the second `advance` after it, or later.
+                not finite in an earlier replay; this is known at the second `advance` after it, or at `wait`.
         """
         core = self._core
         check_not_standing(core.source.bare, "advance()")

@@ -64,7 +64,11 @@ class Control:
         return self._skipped.read()
 
     def read(self) -> tuple[list[float], int]:
-        """What is pending, one a profile, and how many updates were made; waits for the device."""
+        """What is pending, one a profile, and how many updates were made; waits for the device.
+
+        Afterwards `num_skipped` knows of all updates.
+        """
+        self.note_skipped()  # before the copies that are waited for, on the same stream
         # Not -0.0 for nothing.
         return [0.0 - float(minus) for minus in self.minus_pending[:-1].cpu()], int(self.counts[0])
 
