@@ -1,6 +1,7 @@
 """Prints every table: `python -m benchmarks [--suites float32] [--shapes small,vit] [--rounds 20] [--write]`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from benchmarks import account, error, import_time, launches, machine, results, 
 from benchmarks.bounds import Verdict, verdicts
 from benchmarks.contender import Contender
 from benchmarks.error_bounds import error_verdicts
+from benchmarks.records import FOLDER
 from benchmarks.results import Results
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.suites import FLOAT32, SUITES, Suite
@@ -29,16 +31,35 @@ def chosen(rows: Sequence[Named], names: str) -> list[Named]:
 
 
 class Shown(Results):
-    """Results whose tables are printed as they come."""
+    """Results whose tables are printed as they come, and written if there is a folder for them."""
 
-    def __init__(self, console: Console, device: str) -> None:
+    def __init__(self, console: Console, device: str, folder: Path | None = None) -> None:
         super().__init__(machine.describe(device), device)
         self._console = console
+        self._folder = folder
         console.print(", ".join(f"{key} {value}" for key, value in self.machine.items()))
 
     def show(self, table: Table) -> None:
         self.tables.append(table)
         self._console.print(table.rich())
+        if self._folder:
+            results.write(self, self._folder)
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
+
+    def finish(self) -> None:
+        """Draws the curves, and writes it all with the picture."""
+        if self._folder is None:
+            return
+        if self.curves:
+            try:
+                results.draw_curves(self, self._folder)
+                self.say(f"wrote {self.picture}")
+            except ImportError as error:
+                self.say(f"no picture: {error}")
+        for path in results.write(self, self._folder):
+            self.say(f"wrote {path.name}")
 
 
 def measure_updates(shown: Shown, suites: str, shapes: str, contenders: str, rounds: int | None) -> None:
@@ -47,11 +68,16 @@ def measure_updates(shown: Shown, suites: str, shapes: str, contenders: str, rou
         everybody = suite.all_contenders(device)
         timed = [each for each in everybody if not contenders or each in chosen(everybody, contenders)]
         for shape in chosen(SHAPES, shapes):
-            if shape.name in suite.shapes and (device.type == "cuda" or not shape.on_gpu_only):
+            if shape.name not in suite.shapes or (device.type == "cpu" and shape.on_gpu_only):
+                continue
+            try:
                 measurement = update.measure(suite, shape, device=device, rounds=rounds, contenders=timed)
-                shown.measurements.append(measurement)
-                shown.show(tables.update_table(measurement))
-    shown.verdicts += verdicts(shown.measurements)
+            except (ImportError, torch.OutOfMemoryError) as error:
+                shown.say(f"{suite.title}, {shape.title}: left out ({type(error).__name__}: {error})")
+                continue
+            shown.measurements.append(measurement)
+            shown.verdicts = verdicts(shown.measurements)
+            shown.show(tables.update_table(measurement))
     if device.type == "cuda":
         shown.verdicts.append(one_launch())
 
@@ -61,12 +87,17 @@ def one_launch() -> Verdict:
     return Verdict("launches of one update", FLOAT32.name, "1000 tensors of 32x32", "<= 1", count, count <= 1, "")
 
 
+def devices() -> list[str]:
+    """A GPU first, because it may be at hand for a short time."""
+    return ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+
+
 def main(
     suites: Annotated[str, typer.Option(help="Parts of names, as in: float32,compensated.")] = "",
     shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2, llama-1b, llama-7b.")] = "",
     contenders: Annotated[str, typer.Option(help="Parts of names, as in: polyak,flat.")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="For every shape, instead of its own number.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the CPU, then the GPU if there is one.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one, then the CPU.")] = "",
     curves: Annotated[bool, typer.Option(help="How time grows with parameters and with tensors.")] = True,
     errors: Annotated[bool, typer.Option(help="The errors against float64, which take a minute.")] = True,
     error_steps: Annotated[int, typer.Option(min=1, help="Of the training run; the noisy one is 10 times that.")] = (
@@ -78,8 +109,8 @@ def main(
     if write and (suites or shapes or contenders):
         raise typer.BadParameter("--write is for whole runs; leave --suites, --shapes and --contenders out")
     console = Console(width=WIDTH)
-    for where in [device] if device else ["cpu", "cuda"][: 1 + torch.cuda.is_available()]:
-        shown = Shown(console, where)
+    for where in [device] if device else devices():
+        shown = Shown(console, where, FOLDER if write else None)
         measure_updates(shown, suites, shapes, contenders, rounds)
         shown.account = account.measure(device=where)
         shown.show(tables.account_table(shown.account))
@@ -93,9 +124,7 @@ def main(
             shown.show(tables.verdict_table(shown.verdicts))
             if any(each.suite is FLOAT32 for each in shown.measurements):
                 shown.show(tables.short_table(map(results.as_record, shown.measurements)))
-        if write:
-            for path in results.write(shown):
-                console.print(f"wrote {path.name}")
+        shown.finish()
 
 
 def measure_the_rest(shown: Shown, *, errors: bool, steps: int, imports: int) -> None:

@@ -36,6 +36,9 @@ class Running:
     update: Callable[[], object]
     pairs: Callable[[], list[Pair]] | None
 
+    def checked(self) -> list[Pair]:
+        return self.pairs() if self.pairs else []
+
 
 @dataclass(frozen=True)
 class Contender:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial, wraps
 from multiprocessing import get_context
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import polyak
-from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, FollowerRow, flat
+from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, Follower, FollowerRow, flat
 
 DECAYS = (0.999, 0.9999, 0.99999)
 STEPS = 40_000
@@ -35,6 +36,7 @@ class ErrorRun:
     title: str
     steps: int
     errors: list[Error]
+    left_out: list[str] = field(default_factory=list[str])  # for want of their packages
 
     def of(self, name: str, decay: float) -> Error | None:
         return next((error for error in self.errors if (error.name, error.decay) == (name, decay)), None)
@@ -79,7 +81,10 @@ def training_run(steps: int = STEPS, rows: Sequence[FollowerRow] = FOLLOWERS) ->
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     parameters = list(model.parameters())
-    followers = [row.build(model, DECAYS) for row in rows]
+    followers: dict[str, Follower] = {}
+    for row in rows:
+        with suppress(ImportError):
+            followers[row.name] = row.build(model, DECAYS)
     exact = flat(parameters).double().repeat(len(DECAYS), 1)
     weights = 1 - torch.tensor(DECAYS, dtype=torch.float64)[:, None]
     for step in range(steps):
@@ -88,15 +93,16 @@ def training_run(steps: int = STEPS, rows: Sequence[FollowerRow] = FOLLOWERS) ->
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        for follower in followers:
+        for follower in followers.values():
             follower.update()
         exact.lerp_(flat(parameters).double().expand_as(exact), weights)
     errors = [
-        compare(row.name, decay, average, reference)
-        for row, follower in zip(rows, followers, strict=True)
+        compare(name, decay, average, reference)
+        for name, follower in followers.items()
         for decay, average, reference in zip(DECAYS, follower.averages(), exact, strict=True)
     ]
-    return ErrorRun(f"AdamW with cosine decay, {flat(parameters).numel()} weights", steps, errors)
+    left_out = [row.name for row in rows if row.name not in followers]
+    return ErrorRun(f"AdamW with cosine decay, {flat(parameters).numel()} weights", steps, errors, left_out)
 
 
 @one_thread

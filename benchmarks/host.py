@@ -24,7 +24,7 @@ import polyak
 from benchmarks import machine
 from benchmarks.language import STEP, Size, Training
 from benchmarks.rates import PCIE
-from benchmarks.results import FOLDER, markdown, write_files
+from benchmarks.records import FOLDER, markdown, write_files
 from benchmarks.table import Table, digits, mark
 from benchmarks.timing import Spread, spread
 from polyak.store import local
@@ -248,7 +248,7 @@ def with_quartiles(time: Spread) -> str:
 def write(found: HostResult, device: str, folder: Path = FOLDER) -> list[Path]:
     about = machine.describe(device)
     stem = f"host-cpu-{about['threads']}-threads" if device == "cpu" else f"host-{device}"
-    text = markdown(about, [table(found, device)], None)
+    text = markdown(about, [table(found, device)])
     return write_files(stem, {"machine": about, "host": found.record}, text, folder)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import polyak
-from benchmarks.contender import DECAY, WEIGHT, Pair, Running, floating_entries, once_each, pairs_by_name
+from benchmarks.contender import DECAY, WEIGHT, Pair, Running, floating_entries, once_each
+from benchmarks.ours import pairs_of
 from polyak.kernels import Plan, Row, average_dtype
 
 CHUNK = 1 << 18  # elements of scratch: they stay in the cache
@@ -78,7 +79,7 @@ def flat_average(model: nn.Module, *, compensated: bool = False, dtype: torch.dt
     """This library's own kernel for a mode, over a model that has one flat tensor a dtype."""
     flat_model = nn.ParameterList(flat_sources(model))
     average = polyak.WeightAverage(flat_model, polyak.Exponential(DECAY), compensated=compensated, dtype=dtype)
-    return Running(average.update, lambda: pairs_by_name(average.weights(), flat_model))
+    return Running(average.update, lambda: pairs_of(average, flat_model))
 
 
 def lerp_of(model: nn.Module, *, bytes_per_parameter: int) -> Running:

@@ -14,19 +14,28 @@ def profiles(count: int) -> dict[str, polyak.Profile]:
     return {name: polyak.Exponential(decay) for name, decay in list(DECAYS.items())[:count]}
 
 
+def pairs_of(
+    average: polyak.WeightAverage, model: nn.Module, *, name: str = "average", decay: float = DECAY
+) -> list[Pair]:
+    """With the averages themselves: a copy, as weights() makes it, takes as much memory again as they do."""
+    state = average.state_dict()
+    (averages,), (copies,) = state["averages"].values(), state["copies"].values()
+    return pairs_by_name({**copies, **averages[name]}, model, decay=decay)
+
+
 def weight_average(model: nn.Module) -> Running:
     average = polyak.WeightAverage(model, polyak.Exponential(DECAY))
-    return Running(average.update, lambda: pairs_by_name(average.weights(), model))
+    return Running(average.update, lambda: pairs_of(average, model))
 
 
 def compensated(model: nn.Module) -> Running:
     average = polyak.WeightAverage(model, polyak.Exponential(DECAY), compensated=True)
-    return Running(average.update, lambda: pairs_by_name(average.weights(), model))
+    return Running(average.update, lambda: pairs_of(average, model))
 
 
 def stochastic(model: nn.Module) -> Running:
     average = polyak.WeightAverage(model, polyak.Exponential(DECAY), dtype=torch.bfloat16)
-    return Running(average.update, lambda: pairs_by_name(average.weights(), model))
+    return Running(average.update, lambda: pairs_of(average, model))
 
 
 def model_ema(model: nn.Module) -> Running:
@@ -39,11 +48,7 @@ def together(model: nn.Module, count: int) -> Running:
     average = polyak.WeightAverage(model, profiles(count))
 
     def pairs() -> list[Pair]:
-        return [
-            pair
-            for name in average.profiles
-            for pair in pairs_by_name(average[name].weights(), model, decay=DECAYS[name])
-        ]
+        return [pair for name in average.profiles for pair in pairs_of(average, model, name=name, decay=DECAYS[name])]
 
     return Running(average.update, pairs)
 
@@ -57,10 +62,6 @@ def separately(model: nn.Module, count: int) -> Running:
             average.update()
 
     def pairs() -> list[Pair]:
-        return [
-            pair
-            for name, average in averages.items()
-            for pair in pairs_by_name(average.weights(), model, decay=DECAYS[name])
-        ]
+        return [pair for name, average in averages.items() for pair in pairs_of(average, model, decay=DECAYS[name])]
 
     return Running(update, pairs)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import FOLDER
+from benchmarks.records import FOLDER
 from benchmarks.suites import SUITES, Suite
 
 PCIE = "pcie_bytes_per_second"  # from one GPU to pinned memory of the host

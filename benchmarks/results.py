@@ -1,7 +1,5 @@
-"""Writes one run to `benchmarks/results/`: JSON to compare, markdown to read, a picture."""
+"""What one run of `python -m benchmarks` measured, and its files in `benchmarks/results/`."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,10 @@ from benchmarks.contender import Kind
 from benchmarks.error import ErrorRun
 from benchmarks.error_bounds import ErrorVerdict
 from benchmarks.import_time import ImportTime
+from benchmarks.records import FOLDER, markdown, write_files
 from benchmarks.scaling import Curve
 from benchmarks.table import Table
 from benchmarks.update import Measurement
-
-FOLDER = Path(__file__).parent / "results"
 
 
 @dataclass
@@ -33,6 +30,7 @@ class Results:
     error_verdicts: list[ErrorVerdict] = field(default_factory=list[ErrorVerdict])
     imported: ImportTime | None = None
     tables: list[Table] = field(default_factory=list[Table])
+    picture: str | None = None
 
     @property
     def stem(self) -> str:
@@ -62,38 +60,23 @@ def as_record(measurement: Measurement) -> dict[str, Any]:
         "rounds": measurement.rounds,
         "calls": measurement.shape.num_calls,
         "limit": limit.contender.name if limit else "",
+        "left_out": dict(measurement.left_out),
         "milliseconds": {row.contender.name: asdict(row.time) for row in measurement.rows},
         "first_milliseconds": {row.contender.name: asdict(row.first) for row in measurement.rows},
     }
 
 
-def markdown(
-    machine: dict[str, str], tables: Sequence[Table], picture: str | None, *, title: str = "What averages cost"
-) -> str:
-    lines = [f"# {title}", "", *(f"- {key}: {value}" for key, value in machine.items()), ""]
-    if picture:
-        lines += [f"![one update's time by the number of parameters, and of tensors]({picture})", ""]
-    return "\n".join((*lines, *(table.markdown() for table in tables)))
-
-
 def write(results: Results, folder: Path = FOLDER) -> list[Path]:
+    """What was measured so far."""
+    text = markdown(results.machine, results.tables, results.picture)
+    return write_files(results.stem, results.record(), text, folder)
+
+
+def draw_curves(results: Results, folder: Path = FOLDER) -> None:
     from benchmarks.plot import draw
 
-    picture = folder / f"{results.stem}.png" if results.curves else None
-    text = markdown(results.machine, results.tables, picture.name if picture else None)
-    paths = write_files(results.stem, results.record(), text, folder)
-    if picture is None:
-        return paths
     machine = results.machine
     about = machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"
-    draw(results.curves, picture, about=f"{about}, torch {machine['torch']}")
-    return [*paths, picture]
-
-
-def write_files(stem: str, record: dict[str, Any], text: str, folder: Path = FOLDER) -> list[Path]:
-    """JSON and markdown of one run."""
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{stem}.json", folder / f"{stem}.md"]
-    paths[0].write_text(json.dumps(record, indent=2) + "\n")
-    paths[1].write_text(text)
-    return paths
+    picture = f"{results.stem}.png"
+    draw(results.curves, folder / picture, about=f"{about}, torch {machine['torch']}")
+    results.picture = picture

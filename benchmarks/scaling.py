@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.contender import Kind
 from benchmarks.shapes import Shape, one_tensor, small_tensors
-from benchmarks.suites import FLOAT32
+from benchmarks.suites import FLOAT32, Suite
 from benchmarks.update import measure
 
 # Two of timm's classes and torch's default buffers cost as the formula that stands for them here.
@@ -51,20 +51,24 @@ def shapes_by_tensors() -> list[Shape]:
     ]
 
 
-def curve(title: str, shapes: Sequence[Shape], *, by_entries: bool, device: str = "cpu") -> Curve:
+def curve(
+    title: str, shapes: Sequence[Shape], *, by_entries: bool, device: str = "cpu", suite: Suite = FLOAT32
+) -> Curve:
     contenders = [
         contender
-        for contender in FLOAT32.all_contenders(torch.device(device))
+        for contender in suite.all_contenders(torch.device(device))
         if contender.name in DRAWN or contender.kind is Kind.LIMIT
     ]
-    measured = [measure(FLOAT32, shape, device=device, contenders=contenders) for shape in shapes]
+    measured = [measure(suite, shape, device=device, contenders=contenders) for shape in shapes]
+    times = {
+        contender.name: [row.time.median for each in measured if (row := each.row(contender.name))]
+        for contender in contenders
+    }
     return Curve(
         title,
         [each.shape.entries if by_entries else each.parameters for each in measured],
-        {
-            contender.name: [row.time.median for each in measured if (row := each.row(contender.name))]
-            for contender in contenders
-        },
+        # Without those that were left out somewhere, for want of a package or of memory.
+        {name: each for name, each in times.items() if len(each) == len(measured)},
         next(contender.name for contender in contenders if contender.kind is Kind.LIMIT),
     )
 

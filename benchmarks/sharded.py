@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from torch import distributed, multiprocessing
 
-from benchmarks import machine, results
+from benchmarks import machine, records
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.shardings import COMPARISONS, Comparison
 from benchmarks.table import Table, digits, mark
@@ -192,8 +192,8 @@ def main(
     console.print(shown.rich())
     if write:
         record = {"machine": about, "sharded": [asdict(row) for row in found]}
-        text = results.markdown(about, [shown], None, title="What averages cost on several ranks")
-        for path in results.write_files(f"sharded-{device}-{ranks}-ranks", record, text):
+        text = records.markdown(about, [shown], title="What averages cost on several ranks")
+        for path in records.write_files(f"sharded-{device}-{ranks}-ranks", record, text):
             console.print(f"wrote {path.name}")
 
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import rich.box
-import rich.table
+if TYPE_CHECKING:
+    import rich.table
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,11 @@ class Table:
     num_text: int = 1
     note: str = ""
 
-    def rich(self) -> rich.table.Table:
+    def rich(self) -> "rich.table.Table":
+        # Imported here, because records are written where rich may not be installed.
+        import rich.box
+        import rich.table
+
         table = rich.table.Table(
             title=self.title,
             title_justify="left",
@@ -33,7 +38,8 @@ class Table:
 
     def rows_in_markdown(self) -> str:
         rule = ["---" if number < self.num_text else "---:" for number in range(len(self.columns))]
-        return "\n".join("| " + " | ".join(row) + " |" for row in (self.columns, rule, *self.rows))
+        rows = ([cell.replace("|", "\\|") for cell in row] for row in (self.columns, rule, *self.rows))
+        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
     def markdown(self) -> str:
         note = (self.note, "") if self.note else ()

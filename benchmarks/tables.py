@@ -42,7 +42,7 @@ def update_table(measurement: Measurement) -> Table:
     if measurement.device == "cuda":
         notes.append("From the call until the GPU is done." if cold else "The GPU's own time.")
     if measurement.left_out:
-        notes.append(f"Left out for want of memory: {', '.join(measurement.left_out)}.")
+        notes.append(f"Left out: {', '.join(f'{name} ({why})' for name, why in measurement.left_out.items())}.")
     turns = f"{measurement.rounds} turns" + (f" of {shape.num_calls} calls" if cold else "")
     return Table(
         title=f"One update, {suite.title}, {shape.title}, {shape.entries} entries, {measurement.device}, {turns}",
@@ -102,7 +102,8 @@ def error_table(run: ErrorRun) -> Table:
         title=f"Relative error after {run.steps} steps, {run.title}",
         columns=columns,
         rows=rows,
-        note="Against float64 averages of the same run. Bias: the mean signed error, in standard errors of it.",
+        note="Against float64 averages of the same run. Bias: the mean signed error, in standard errors of it."
+        + (f" Left out: {', '.join(run.left_out)}." if run.left_out else ""),
     )
 
 

@@ -2,20 +2,21 @@
 
 import ctypes
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.check import check, move
-from benchmarks.contender import Contender, Kind, Running
+from benchmarks.contender import Contender, Kind, Pair, Running
 from benchmarks.machine import free_bytes
 from benchmarks.shapes import Shape
 from benchmarks.suites import Suite
 from benchmarks.timing import Spread, in_turn, spread, timer_for
 
-WARM_UPS = 2
-NEVER_LEFT_OUT = 2  # contenders
+NEVER_LEFT_OUT = 2  # contenders, for the memory that they are expected to take
+NO_MEMORY = "not enough memory"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SECONDS = 12.0  # of turns, for one model
 
@@ -30,6 +31,23 @@ class Row:
     error: float | None
 
 
+class LeftOut(dict[str, str]):
+    """The contenders that cannot take part, by name, and why."""
+
+    @contextmanager
+    def on_failure(self, contender: Contender) -> Iterator[None]:
+        """Leaves a contender out that runs out of memory, and another library's whatever it raises."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self[contender.name] = NO_MEMORY
+        except Exception as error:
+            if contender.kind is not Kind.PEER:
+                raise
+            first_line, *_ = *str(error).splitlines(), ""
+            self[contender.name] = f"{type(error).__name__}: {first_line}"
+
+
 @dataclass(frozen=True)
 class Measurement:
     suite: Suite
@@ -38,7 +56,7 @@ class Measurement:
     parameters: int
     rounds: int
     rows: list[Row]
-    left_out: list[str]
+    left_out: dict[str, str]
 
     def of_kind(self, kind: Kind) -> list[Row]:
         """The fastest first."""
@@ -66,17 +84,28 @@ def measure(
     model = shape.model(dtype=suite.source, device=device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     running: dict[Contender, Running] = {}
-    left_out: list[str] = []
+    left_out = LeftOut()
     for contender in suite.all_contenders(device) if contenders is None else contenders:
-        # As much again for what its formula makes on the way.
-        needed = 2 * contender.num_averages * parameters * suite.average.itemsize
+        # As much again for the temporaries of other formulas; this library's kernels make none.
+        times = 1 if contender.kind in (Kind.OURS, Kind.REFERENCE) else 2
+        needed = times * contender.num_averages * parameters * suite.average.itemsize
         if len(running) >= NEVER_LEFT_OUT and needed > free_bytes(device):
-            left_out.append(contender.name)
+            left_out[contender.name] = NO_MEMORY
             continue
-        running[contender] = contender.build(model)
-        for _ in range(WARM_UPS):
+        with left_out.on_failure(contender):
+            begun = contender.build(model)
+            begun.update()
+            running[contender] = begun
+    # A second time beside all others, which have taken memory meanwhile.
+    pairs: list[Pair] = []
+    for contender in list(running):
+        with left_out.on_failure(contender):
             running[contender].update()
-    move(pair for each in running.values() if each.pairs for pair in each.pairs())
+            pairs += running[contender].checked()
+        if contender.name in left_out:
+            del running[contender]
+    move(pairs)
+    del pairs
     turns = in_turn(
         {contender.name: each.update for contender, each in running.items()},
         rounds,
@@ -86,15 +115,12 @@ def measure(
     )
     rounds = min(len(turn.time) for turn in turns.values())
     updates = rounds * shape.num_calls
-    rows = [
-        Row(
-            contender,
-            first=spread(turns[contender.name].first),
-            time=spread(turns[contender.name].time),
-            error=check(contender, each.pairs(), updates, parameters) if each.pairs else None,
-        )
-        for contender, each in running.items()
-    ]
+    rows: list[Row] = []
+    for contender, each in running.items():
+        first, time = spread(turns[contender.name].first), spread(turns[contender.name].time)
+        with left_out.on_failure(contender):
+            error = check(contender, each.pairs(), updates, parameters) if each.pairs else None
+            rows.append(Row(contender, first, time, error))
     return Measurement(suite, shape, device.type, parameters, rounds, rows, left_out)
 
 

@@ -71,6 +71,9 @@ class TestControl:
                     mine.copy_(other)
             pending = [0.0, 0.0]
             assert control.read() == ([0.0, 0.0], number)
+        control.note_skipped()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         assert (number, control.num_skipped()) == (3, 2)
 
     @pytest.mark.protects

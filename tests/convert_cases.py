@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ema_pytorch import EMA
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch_ema import ExponentialMovingAverage
 
 import benchmarks.timm_file
 import polyak
@@ -57,7 +55,7 @@ def torch_average(folder):
 
 def ema_pytorch(folder, model=None):
     model = zoo.batchnorm() if model is None else model
-    average = EMA(model, beta=DECAY, update_after_step=0, update_every=1)
+    average = pytest.importorskip("ema_pytorch").EMA(model, beta=DECAY, update_after_step=0, update_every=1)
     train(model, average.update)
     torch.save(average.state_dict(), folder / "ema.pt")
     return Case(folder / "ema.pt", average.ema_model.state_dict(), model.state_dict(), model)
@@ -89,7 +87,7 @@ def lightning(folder):
 def torch_ema(folder, model=None):
     """With a model that has no buffers, for none are averaged."""
     model = zoo.TiedTransformer() if model is None else model
-    average = ExponentialMovingAverage(model.parameters(), DECAY)
+    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), DECAY)
     train(model, average.update)
     average.store()
     torch.save(average.state_dict(), folder / "shadow.pt")

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import polyak
 import zoo
 from polyak import core as core_room
+from polyak.kernels.gpu import seen
 
 # The interpreter computes with NumPy, which warns of infinities and NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -72,21 +74,93 @@ def test_a_bad_step_is_left_out_and_its_growth_applied_later(bad, mode):
     assert (average.num_updates, average.report().num_skipped) == (6 - len(bad), len(bad))
 
 
-def test_raise_comes_with_the_next_call_and_names_the_tensor():
-    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
-    drift(model, seed=0)
+class LateEvent:
+    """An event of CUDA's where there is no GPU: it is over when the device has come to it, and not at once."""
+
+    def __init__(self):
+        self.is_over = True
+
+    def record(self, stream):
+        self.is_over = False
+
+    def query(self):
+        return self.is_over
+
+
+@pytest.fixture
+def finish(monkeypatch):
+    """Lets the device do all that it was given."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.synchronize
+    events = []
+    monkeypatch.setattr(seen, "new_event", lambda device: events.append(LateEvent()) or events[-1])
+    return lambda: [setattr(event, "is_over", True) for event in events]
+
+
+@contextmanager
+def spoilt(model):
+    """A model with a NaN, for a while."""
     kept = model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
-    before = average.weights()
-    average.update()
-    with torch.no_grad():
+        yield
         model[0].weight.copy_(kept)
-    with pytest.raises(polyak.StateError, match=r"held at an earlier update NaNs or infinities in '0.weight', which"):
+
+
+HELD_EARLIER = r"held at an earlier update NaNs or infinities in '0.weight', which"
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("num_good", [0, 1, 2])
+def test_raise_comes_with_the_next_call_and_names_the_tensor(num_good, finish):
+    """Also where the device has not yet done the updates before."""
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    for step in range(num_good):
+        drift(model, seed=step)
+        average.update()
+    with spoilt(model):
+        average.update()
+    finish()
+    before = average.weights()
+    with pytest.raises(polyak.StateError, match=HELD_EARLIER):
         average.update()
     assert zoo.bit_equal(average.weights(), before)
+    drift(model, seed=7)
+    average.update()
+    finish()
     average.update()
     assert not zoo.bit_equal(average.weights(), before)
+    assert average.num_updates == num_good + 2
+
+
+@pytest.mark.protects
+def test_raise_in_a_graph_comes_with_the_second_next_advance(finish):
+    """The first one asks for the verdict, behind the replay."""
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    average.advance()
+    guard = average._core.store.guard
+    with spoilt(model):
+        guard.run(look=True)
+    finish()
+    average.advance()
+    guard.run(look=True)
+    finish()
+    with pytest.raises(polyak.StateError, match=HELD_EARLIER):
+        average.advance()
+    average.advance()
+    guard.run(look=True)
+    assert average.num_updates == 2
+
+
+@pytest.mark.protects
+def test_wait_raises_for_the_last_replay():
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    average.advance()
+    with spoilt(model):
+        average._core.store.guard.run(look=True)
+    with pytest.raises(polyak.StateError, match=HELD_EARLIER):
+        average.wait()
+    average.wait()
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -1,15 +1,19 @@
 """The benchmarks' own arithmetic: medians, ratios, marks, and that nobody is timed who did not average."""
 
+import io
 import json
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from rich.console import Console
 from torch import distributed, nn
 
-from benchmarks import account, host, inspect_large, language, ours, peers, sharded, shardings
+import benchmarks.__main__ as commands
+from benchmarks import account, host, inspect_large, language, limits, ours, peers, scaling, sharded, shardings
 from benchmarks.bounds import CPU_BOUNDS, GPU_BOUNDS, verdicts
 from benchmarks.check import check, move
 from benchmarks.contender import DECAY, Contender, Kind, Pair, Running, pairs_by_every_name, pairs_by_name
@@ -17,13 +21,14 @@ from benchmarks.error import DECAYS, NOISY_DECAY, Error, ErrorRun, compare, trai
 from benchmarks.error_bounds import BOUNDS, error_verdicts
 from benchmarks.followers import COMPENSATED, FOLLOWERS, PLAIN, STOCHASTIC, FollowerRow
 from benchmarks.limits import FLAT_FORMS, copy_of, lerp_of
+from benchmarks.records import write_atomically
 from benchmarks.results import Results, as_record, write
 from benchmarks.shapes import SHAPES, Shape, one_tensor, small_tensors
 from benchmarks.suites import FLOAT32, SUITES
 from benchmarks.table import digits, mark
 from benchmarks.tables import error_table, short_table, update_table, verdict_table
 from benchmarks.timing import LEAST_ROUNDS, Spread, in_turn, spread
-from benchmarks.update import Measurement, Row, measure
+from benchmarks.update import NO_MEMORY, Measurement, Row, measure
 
 TINY = Shape("small", "3 tensors of 32x32", 3, 1, partial(small_tensors, 3), num_calls=3)
 WEIGHT_AVERAGE = Contender("polyak.WeightAverage", Kind.OURS, ours.weight_average)
@@ -69,7 +74,7 @@ def measurement(**times):
     kinds = {"ours": Kind.OURS, "peer": Kind.PEER, "slow_peer": Kind.PEER, "seed": Kind.SEED, "limit": Kind.LIMIT}
     names = {"ours": "polyak.WeightAverage"}
     rows = [row(names.get(name, name), kinds[name], time) for name, time in times.items()]
-    return Measurement(FLOAT32, TINY, "cpu", 3072, 1, rows, ["a large one"])
+    return Measurement(FLOAT32, TINY, "cpu", 3072, 1, rows, {"a large one": NO_MEMORY})
 
 
 def test_verdicts_compare_with_the_fastest_peer_the_seed_and_the_limit():
@@ -100,7 +105,7 @@ def test_update_table_has_ratios_to_limit_and_peer_and_says_who_was_left_out():
         "roundings",
     ]
     assert list(table.rows[1]) == ["polyak.WeightAverage", "0.200", "0.200 .. 0.200", "0.400", "2.00", "0.04", "0.1"]
-    assert "a large one" in table.note
+    assert "Left out: a large one (not enough memory)." in table.note
     assert "of the limit" not in update_table(measurement(ours=0.2)).columns
 
 
@@ -122,7 +127,7 @@ def test_every_bound_is_about_something_that_is_timed():
             for name in bound.shapes:
                 assert name in bound.suite.shapes
                 assert device == "cuda" or not shapes[name].on_gpu_only
-                timed = Measurement(bound.suite, shapes[name], device, 1, 1, rows, [])
+                timed = Measurement(bound.suite, shapes[name], device, 1, 1, rows, {})
                 assert bound.value(timed) in (1.0, 100.0, 1000.0)
 
 
@@ -255,10 +260,75 @@ def test_one_turn_of_a_small_contender():
 
 
 def test_what_does_not_fit_into_memory_is_left_out(monkeypatch):
-    monkeypatch.setattr("benchmarks.update.free_bytes", lambda device: 3072)
-    names = ["one", "two", "three"]
-    contenders = [Contender(name, Kind.OURS, ours.weight_average) for name in names]
-    assert measure(FLOAT32, TINY, contenders=contenders).left_out == ["three"]
+    """Of other libraries twice as much is expected: they make temporaries."""
+    averages = 3072 * 4
+    kinds = {"one": Kind.OURS, "two": Kind.OURS, "three": Kind.OURS, "theirs": Kind.PEER}
+    contenders = [Contender(name, kind, ours.weight_average) for name, kind in kinds.items()]
+    for free, left_out in ((averages - 1, ["three", "theirs"]), (averages, ["theirs"]), (2 * averages, [])):
+        monkeypatch.setattr("benchmarks.update.free_bytes", lambda device, free=free: free)
+        found = measure(FLOAT32, TINY, contenders=contenders)
+        assert found.left_out == dict.fromkeys(left_out, NO_MEMORY)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError
+
+
+def wrong(*_):
+    raise TypeError("no such argument")
+
+
+def missing(*_):
+    import no_such_library  # noqa: F401
+
+
+def runs_out(model, calls):
+    """A contender that runs out of memory when it is called once more than that."""
+    running = ours.weight_average(model)
+    left = iter(range(calls))
+    return Running(lambda: running.update() if next(left, None) is not None else out_of_memory(), running.pairs)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "why"),
+    [
+        (missing, Kind.PEER, "ModuleNotFoundError: No module named 'no_such_library'"),
+        (wrong, Kind.PEER, "TypeError: no such argument"),
+        (out_of_memory, Kind.PEER, NO_MEMORY),
+        (out_of_memory, Kind.OURS, NO_MEMORY),
+        (partial(runs_out, calls=1), Kind.OURS, NO_MEMORY),
+        (lambda model: Running(ours.weight_average(model).update, out_of_memory), Kind.OURS, NO_MEMORY),
+    ],
+)
+def test_who_cannot_take_part_is_left_out_and_the_others_are_timed(build, kind, why):
+    found = measure(FLOAT32, TINY, rounds=1, contenders=[Contender("it", kind, build), WEIGHT_AVERAGE])
+    assert found.left_out == {"it": why}
+    assert [row.contender for row in found.rows] == [WEIGHT_AVERAGE]
+    assert f"Left out: it ({why})." in update_table(found).note
+
+
+def test_an_error_of_this_library_is_no_reason_to_leave_it_out():
+    with pytest.raises(TypeError, match="no such argument"):
+        measure(FLOAT32, TINY, rounds=1, contenders=[Contender("it", Kind.OURS, wrong)])
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize(
+    "build",
+    [
+        ours.weight_average,
+        ours.compensated,
+        ours.stochastic,
+        partial(ours.together, count=2),
+        partial(ours.separately, count=2),
+        limits.flat_average,
+    ],
+)
+def test_the_check_makes_no_copy_of_the_averages(build):
+    running = build(TINY.model())
+    running.update()
+    one, other = ({pair.average.data_ptr() for pair in running.pairs()} for _ in range(2))
+    assert one == other
 
 
 def test_the_account_is_complete():
@@ -298,6 +368,12 @@ def test_training_run_in_float64_has_no_error_and_in_bfloat16_does_not_move():
     assert 1e-10 < run.of(PLAIN, 0.999).relative < 1e-5
     assert run.of("nearest bfloat16", 0.999).relative > 1e-3
     assert "decay 0.999" in error_table(run).columns
+
+
+def test_a_follower_whose_library_is_missing_is_left_out_by_name():
+    run = training_run(30, [FollowerRow("theirs", missing), FOLLOWERS[2]])
+    assert [error.name for error in run.errors] == [FOLLOWERS[2].name] * len(DECAYS)
+    assert error_table(run).note.endswith("Left out: theirs.")
 
 
 def test_a_follower_that_does_nothing_is_seen():
@@ -377,6 +453,57 @@ def test_results_are_written_as_json_and_markdown(tmp_path):
     assert [path.name for path in paths] == ["cpu-2-threads.json", "cpu-2-threads.md"]
     assert '"polyak.WeightAverage"' in paths[0].read_text()
     assert "| polyak.WeightAverage | 0.200 |" in paths[1].read_text()
+
+
+@pytest.mark.protects
+def test_a_run_is_written_after_each_table(tmp_path, monkeypatch):
+    """A missing package of a model, or too little memory for it, costs that model alone."""
+    shapes = [
+        TINY,
+        replace(TINY, title="of a library", build=missing),
+        replace(TINY, title="a large one", build=out_of_memory),
+        replace(TINY, title="the last"),
+    ]
+    monkeypatch.setattr(commands, "SHAPES", shapes)
+    written = []
+    monkeypatch.setattr(commands.results, "write", lambda *about: written.append(write(*about)) or written[-1])
+    text = io.StringIO()
+    shown = commands.Shown(Console(file=text, width=150), "cpu", tmp_path)
+    commands.measure_updates(shown, "float32", "small", "polyak.WeightAverage", 1)
+    assert len(written) == 2
+    record = json.loads(written[-1][0].read_text())
+    assert [update["shape"] for update in record["updates"]] == [TINY.title, "the last"]
+    assert "of a library: left out (ModuleNotFoundError: No module named 'no_such_library')" in text.getvalue()
+    assert "a large one: left out (OutOfMemoryError" in text.getvalue()
+
+
+def test_a_gpu_is_measured_first(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert commands.devices() == ["cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert commands.devices() == ["cpu"]
+
+
+@pytest.mark.protects
+def test_a_record_is_written_whole_or_not_at_all(tmp_path):
+    write_atomically(tmp_path / "x", "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(tmp_path / "x", "a" * 100_000 + "\ud800")
+    assert (tmp_path / "x").read_text() == "before"
+
+
+def test_curves_are_of_those_that_were_timed_at_each_size():
+    class Once:
+        num_built = 0
+
+        def __call__(self, model):
+            self.num_built += 1
+            return out_of_memory() if self.num_built > 1 else ours.weight_average(model)
+
+    contenders = (WEIGHT_AVERAGE, replace(WEIGHT_AVERAGE, name="timm ModelEmaV3", build=Once()))
+    suite = replace(FLOAT32, contenders=contenders)
+    found = scaling.curve("x", [TINY, TINY], by_entries=True, suite=suite)
+    assert list(found.milliseconds) == ["polyak.WeightAverage", "flat lerp_"]
 
 
 def test_a_model_of_one_tensor():

@@ -4,10 +4,8 @@ import json
 
 import pytest
 import torch
-from ema_pytorch import EMA
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
-from torch_ema import ExponentialMovingAverage
 
 import convert_cases as cases
 import polyak
@@ -84,7 +82,7 @@ def test_torch(source, tmp_path):
 def test_ema_pytorch(source, tmp_path):
     case = cases.CASES[source](tmp_path)
     polyak.convert(case.path, tmp_path / "out.pt", to="ema-pytorch")
-    average = EMA(zoo.batchnorm(), beta=0.999, update_after_step=0, update_every=1)
+    average = pytest.importorskip("ema_pytorch").EMA(zoo.batchnorm(), beta=0.999, update_after_step=0, update_every=1)
     average.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
     assert zoo.bit_equal(average.ema_model.state_dict(), case.average)
     assert zoo.bit_equal(average.model.state_dict(), case.average if case.raw is None else case.raw)
@@ -99,7 +97,7 @@ def test_ema_pytorch(source, tmp_path):
 def test_torch_ema(source, tmp_path):
     case = cases.CASES[source](tmp_path)
     polyak.convert(case.path, tmp_path / "out.pt", to="torch-ema", model=case.model, decay=DECAY)
-    average = ExponentialMovingAverage(case.model.parameters(), decay=0.5)
+    average = pytest.importorskip("torch_ema").ExponentialMovingAverage(case.model.parameters(), decay=0.5)
     average.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
     train_step(case.model)
     average.update()
@@ -251,7 +249,7 @@ class TestGoingOnElsewhere:
         cases.train(model, lambda: here.update_parameters(model))
         torch.save(here.state_dict(), tmp_path / "in.pt")
         polyak.convert(tmp_path / "in.pt", tmp_path / "out.pt", to="torch-ema", model=model, decay=DECAY)
-        there = ExponentialMovingAverage(model.parameters(), decay=DECAY)
+        there = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), decay=DECAY)
         there.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
         cases.train(model, lambda: (here.update_parameters(model), there.update()), times=20)
         self.check(there.shadow_params, here.module.parameters())
@@ -260,7 +258,7 @@ class TestGoingOnElsewhere:
     def test_from_torch_ema_to_diffusers_and_back(self, use_num_updates, tmp_path):
         training_utils = pytest.importorskip("diffusers.training_utils")
         model = zoo.mlp()
-        here = ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates)
+        here = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), DECAY, use_num_updates)
         cases.train(model, here.update)
         torch.save(here.state_dict(), tmp_path / "in.pt")
         polyak.convert(
@@ -272,7 +270,7 @@ class TestGoingOnElsewhere:
         self.check(there.shadow_params, here.shadow_params)
         torch.save(there.state_dict(), tmp_path / "there.pt")
         polyak.convert(tmp_path / "there.pt", tmp_path / "out.pt", to="torch-ema")
-        back = ExponentialMovingAverage(model.parameters(), decay=0.5)
+        back = pytest.importorskip("torch_ema").ExponentialMovingAverage(model.parameters(), decay=0.5)
         back.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
         assert (back.decay, back.num_updates) == (DECAY, here.num_updates)
         cases.train(model, lambda: (here.update(), back.update()), times=20)

@@ -11,10 +11,15 @@ import polyak
 import zoo
 
 CAN_RUN = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
+MARKS = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
+pytestmark = MARKS
 
 if CAN_RUN:
     from device_cases import *  # noqa: F403  # its tests are tests here
+    from device_cases import pytestmark as _filters
+
+    # The star import has just replaced it by the marks of the cases.
+    pytestmark = [*MARKS, _filters]
 
 
 @pytest.mark.parametrize("mode", [{}, {"compensated": True}, {"dtype": torch.bfloat16}], ids=str)

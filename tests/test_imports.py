@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,3 +154,17 @@ def test_public_names():
         "save",
         "scale_decay",
     }
+
+
+@pytest.mark.protects
+def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path):
+    shutil.copytree(SOURCE, tmp_path / "polyak", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    # -S leaves out the site-packages, which know the version of what is installed there.
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", "import polyak, sys; print(polyak.__version__, 'torch' in sys.modules)"],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["0+unknown", "False"]

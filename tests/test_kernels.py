@@ -4,10 +4,12 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
 from polyak.kernels import Journal, Plan, Row, average_dtype, dead_zone, exchange, native
 from polyak.kernels import pieces as pieces_room
+from polyak.kernels.checksum import _checksum
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.native import chunks as chunks_room
 from polyak.kernels.native import compiled
@@ -327,3 +329,32 @@ class TestDeadZone:
             dead_zone(torch.float32, 2)
         with pytest.raises(ValueError, match=r"floating-point tensors cannot be cast to torch.int64"):
             dead_zone(torch.int64, 0.9)
+
+
+class Sums(TorchDispatchMode):
+    """Counts the sums that torch takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket is torch.ops.aten.sum
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "parts"),
+    [
+        ("cpu", (1 << 20,), 1),
+        ("cpu", (3, 1 << 20), 3),
+        ("meta", (1 << 26,), 1),  # meta stands for a GPU
+        ("meta", (64, 1 << 20), 1),
+        ("meta", (5, 1 << 25), 3),
+    ],
+)
+def test_a_device_takes_the_sum_of_a_tensor_in_few_launches(device, shape, parts):
+    with Sums() as sums:
+        _checksum(torch.empty(shape, dtype=torch.int8, device=device))
+    # The sums of several parts are added up.
+    assert sums.count == parts + (parts > 1)

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from ema_pytorch import EMA
 from torch import nn
 from torch.optim import swa_utils
-from torch_ema import ExponentialMovingAverage
 
 import polyak
 import zoo
@@ -102,7 +100,9 @@ def test_torch_ema(decay, use_num_updates):
     torch.manual_seed(0)
     model = zoo.mlp()
     profile = polyak.Schedule("tensorflow", decay=decay) if use_num_updates else polyak.Exponential(decay)
-    theirs = ExponentialMovingAverage(model.parameters(), decay, use_num_updates=use_num_updates)
+    theirs = pytest.importorskip("torch_ema").ExponentialMovingAverage(
+        model.parameters(), decay, use_num_updates=use_num_updates
+    )
     ours = polyak.WeightAverage(model, profile)
     for _ in range(20):
         zoo.drift(model)
@@ -116,7 +116,7 @@ def test_torch_ema(decay, use_num_updates):
 def test_ema_pytorch_with_its_warm_up():
     torch.manual_seed(0)
     model = zoo.mlp()
-    theirs = EMA(model, beta=0.999, update_after_step=0, update_every=1)
+    theirs = pytest.importorskip("ema_pytorch").EMA(model, beta=0.999, update_after_step=0, update_every=1)
     ours = polyak.WeightAverage(model, polyak.Schedule("inverse-gamma", decay=0.999))
     for _ in range(20):
         zoo.drift(model)

@@ -1,6 +1,7 @@
 """Weight averaging for PyTorch: exact, restartable averages of a model's weights."""
 
 from importlib import import_module as _import_module
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 
 # A name is loaded when it is first used: torch takes seconds and hundreds of megabytes, which reading a file's header
@@ -23,7 +24,10 @@ _NAMES = {
 }
 _ROOMS = {name: room for room, names in _NAMES.items() for name in names.split()}
 
-__version__ = _version("polyak")
+try:
+    __version__ = _version("polyak")
+except _PackageNotFoundError:  # in a checkout that is not installed
+    __version__ = "0+unknown"
 
 
 def __getattr__(name: str) -> object:

@@ -222,7 +222,8 @@ class WeightAverage:
             at: the time after the step, as in `update`.
 
         Raises:
-            StateError: the updates of this average cannot be left to a device.
+            StateError: the updates of this average cannot be left to a device. With `nonfinite="raise"`: the model was
+                not finite in an earlier replay; this is known at the second `advance` after it, or at `wait`.
         """
         core = self._core
         check_not_standing(core.source.bare, "advance()")

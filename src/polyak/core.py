@@ -162,6 +162,8 @@ class Core:
                 f"call update() alone. The plan is\n{self.store.plan}"
             )
         self._raise_late()
+        # For the replay before this call: a capture cannot record an event, and nothing is called after a replay.
+        guard.note()
         if clock.num_updates > self.clock.num_updates:
             guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
         self.clock = clock

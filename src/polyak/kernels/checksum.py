@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from polyak.kernels import native
-from polyak.kernels.pieces import parts_of
+from polyak.kernels.pieces import PART_ELEMENTS, parts_of
 
+_DEVICE_ELEMENTS = 1 << 26
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -68,8 +69,10 @@ def _checksums(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken part by part.
-    first, *others = (_bits(part).sum(dtype=torch.int64) for part in parts_of(tensor))
+    # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken in small parts. A GPU makes no
+    # copy, and each part takes launches.
+    most = PART_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
+    first, *others = (_bits(part).sum(dtype=torch.int64) for part in parts_of(tensor, most=most))
     return torch.stack([first, *others]).sum() if others else first
 
 

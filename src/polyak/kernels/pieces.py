@@ -15,7 +15,7 @@ from torch import Tensor
 # Elements of scratch: 1 MiB of float32 stays in the cache of a CPU; a GPU wants fewer, larger launches.
 _CPU_ELEMENTS = 1 << 18
 _GPU_ELEMENTS = 1 << 24
-_PART_ELEMENTS = 1 << 20
+PART_ELEMENTS = 1 << 20  # what a temporary in float64 or int64 may take: 8 MiB
 
 
 @dataclass
@@ -87,8 +87,8 @@ def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
         yield from _split(tuple(tensor.narrow(dim, middle, first.shape[dim] - middle) for tensor in row), limit)
 
 
-def parts_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor in parts of a bounded number of elements, for what needs a temporary of another dtype.
+def parts_of(tensor: Tensor, *, most: int = PART_ELEMENTS) -> Iterator[Tensor]:
+    """The tensor in parts of at most `most` elements, for what needs a temporary of another dtype.
 
     Two tensors of one shape are cut alike.
 
@@ -96,15 +96,15 @@ def parts_of(tensor: Tensor) -> Iterator[Tensor]:
         >>> [tuple(part.shape) for part in parts_of(torch.empty(3, 1 << 20))]
         [(1, 1048576), (1, 1048576), (1, 1048576)]
     """
-    if tensor.dim() == 0 or tensor.numel() <= _PART_ELEMENTS:
+    if tensor.dim() == 0 or tensor.numel() <= most:
         yield tensor
         return
     row_elements = tensor.numel() // tensor.shape[0]
-    if row_elements > _PART_ELEMENTS:
+    if row_elements > most:
         for row in tensor.unbind(0):
-            yield from parts_of(row)
+            yield from parts_of(row, most=most)
     else:
-        rows = _PART_ELEMENTS // row_elements
+        rows = most // row_elements
         for start in range(0, tensor.shape[0], rows):
             yield tensor[start : start + rows]
 

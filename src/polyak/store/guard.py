@@ -59,6 +59,10 @@ class Guard:
         self._kernel.run_pending(self._control)
         self._copies.run(self._control)
 
+    def note(self) -> None:
+        """Lets `new_bad_names` know of the steps so far, once the device has made them; not inside of a capture."""
+        self._control.note_skipped()
+
     def new_bad_names(self) -> list[str]:
         """The names of sources that were bad in steps that became known, without waiting, since this was asked last."""
         known, self._num_bad = self._num_bad, self._control.num_skipped()

@@ -271,6 +271,8 @@ class LocalStore:
         elif self.guard is not None:
             self.guard.add(step.growth)
             self.guard.run(look=step.look)
+            if step.look:
+                self.guard.note()
         else:
             pending = map(operator.add, self.pending.values(), step.growth)
             self.plan.run([-math.expm1(-growth) for growth in pending], step.number)

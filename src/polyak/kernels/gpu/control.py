@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from polyak.kernels.gpu.seen import Seen
 from polyak.kernels.rounding import mix64
 
 
@@ -48,27 +49,26 @@ class Control:
         counts = [number, 0, 0, mixed - (mixed >> 63 << 64), 0]
         self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
         self._each = list(self.minus_pending.unbind())
-        self._known = 0
-        on_cuda = device.type == "cuda"
-        self._seen = torch.zeros(1, dtype=torch.int64, device="cpu", pin_memory=on_cuda)
-        self._event = torch.cuda.Event() if on_cuda else None
+        self._skipped = Seen(self.counts[1:2])
 
     def add(self, growths: Sequence[float]) -> None:
         """Adds growth, one a profile, for an update that is due; it travels in the arguments of a launch."""
         torch._foreach_add_(self._each, [*(-growth for growth in growths), -1.0])
 
+    def note_skipped(self) -> None:
+        """Lets `num_skipped` know of the updates so far, once the device has made them; not inside of a capture."""
+        self._skipped.order()
+
     def num_skipped(self) -> int:
-        """Updates skipped, as far as it is known without waiting; on a GPU that is some calls late."""
-        if self._event is None:
-            return int(self.counts[1])
-        if self._event.query() and not torch.cuda.is_current_stream_capturing():
-            self._known = int(self._seen)
-            self._seen.copy_(self.counts[1:2], non_blocking=True)
-            self._event.record(torch.cuda.current_stream(self.device))
-        return self._known
+        """Updates skipped up to a `note_skipped` that the device has reached; does not wait for it."""
+        return self._skipped.read()
 
     def read(self) -> tuple[list[float], int]:
-        """What is pending, one a profile, and how many updates were made; waits for the device."""
+        """What is pending, one a profile, and how many updates were made; waits for the device.
+
+        Afterwards `num_skipped` knows of all updates.
+        """
+        self.note_skipped()  # before the copies that are waited for, on the same stream
         # Not -0.0 for nothing.
         return [0.0 - float(minus) for minus in self.minus_pending[:-1].cpu()], int(self.counts[0])
 
