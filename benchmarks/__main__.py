@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks import account, error, import_time, launches, machine, results, scaling, tables, update
+from benchmarks import account, error, import_time, launches, machine, many, results, scaling, tables, update
 from benchmarks.bounds import Verdict, verdicts
 from benchmarks.contender import Contender
 from benchmarks.error_bounds import error_verdicts
@@ -94,11 +94,14 @@ def devices() -> list[str]:
 
 def main(
     suites: Annotated[str, typer.Option(help="Parts of names, as in: float32,compensated.")] = "",
-    shapes: Annotated[str, typer.Option(help="Some of: small, resnet50, vit, gpt2, llama-1b, llama-7b.")] = "",
+    shapes: Annotated[
+        str, typer.Option(help="Some of: small, resnet50, vit, gpt2, convnext, bert, llama-1b, llama-7b.")
+    ] = "",
     contenders: Annotated[str, typer.Option(help="Parts of names, as in: polyak,flat.")] = "",
     rounds: Annotated[int | None, typer.Option(min=1, help="For every shape, instead of its own number.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda. Default: the GPU if there is one, then the CPU.")] = "",
     curves: Annotated[bool, typer.Option(help="How time grows with parameters and with tensors.")] = True,
+    small: Annotated[bool, typer.Option(help="Many small tensors: cold updates, swaps and more, a minute.")] = True,
     errors: Annotated[bool, typer.Option(help="The errors against float64, which take a minute.")] = True,
     error_steps: Annotated[int, typer.Option(min=1, help="Of the training run; the noisy one is 10 times that.")] = (
         error.STEPS
@@ -114,6 +117,8 @@ def main(
         measure_updates(shown, suites, shapes, contenders, rounds)
         shown.account = account.measure(device=where)
         shown.show(tables.account_table(shown.account))
+        if where == "cpu" and small:
+            measure_many(shown)
         if curves:
             shown.curves += scaling.curves(where)
             for curve in shown.curves:
@@ -125,6 +130,14 @@ def main(
             if any(each.suite is FLOAT32 for each in shown.measurements):
                 shown.show(tables.short_table(map(results.as_record, shown.measurements)))
         shown.finish()
+
+
+def measure_many(shown: Shown) -> None:
+    """Many small tensors on a CPU."""
+    shown.many = many.measure()
+    shown.show(many.updates_table([*shown.many.updates, shown.many.crowded]))
+    shown.show(many.calls_table(shown.many.calls))
+    shown.verdicts += many.verdicts(shown.many)
 
 
 def measure_the_rest(shown: Shown, *, errors: bool, steps: int, imports: int) -> None:

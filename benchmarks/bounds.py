@@ -88,15 +88,16 @@ compensated_of_the_limit = partial(of_the_limit, name="compensated")
 
 SMALL, RESNET, LARGE = ("small",), ("resnet50",), ("resnet50", "vit", "gpt2")
 EVERY = (*SMALL, *LARGE)
+FLOAT32_LARGE = (*LARGE, "convnext", "bert")
 
 CPU_BOUNDS = (
     Bound("times as fast as the fastest peer", FLOAT32, SMALL, faster_than_peers, least=20, beside=Kind.PEER),
-    Bound("times as fast as the seed's formula", FLOAT32, SMALL, faster_than_seed, least=80),
+    Bound("times as fast as the seed's formula", FLOAT32, SMALL, faster_than_seed, least=88),
     Bound("microseconds of update() in all", FLOAT32, SMALL, microseconds, most=250),
     Bound("times as fast as the fastest peer", FLOAT32, RESNET, faster_than_peers, least=1.5, beside=Kind.PEER),
     Bound("times as fast as the seed's formula", FLOAT32, RESNET, faster_than_seed, least=4),
-    Bound("of the limit's time", FLOAT32, LARGE, of_the_limit, most=1.10, beside=Kind.LIMIT),
-    Bound("times as fast as the fastest peer", FLOAT32, LARGE[1:], faster_than_peers, least=1, beside=Kind.PEER),
+    Bound("of the limit's time", FLOAT32, FLOAT32_LARGE, of_the_limit, most=1.15, beside=Kind.LIMIT),
+    Bound("times as fast as the fastest peer", FLOAT32, FLOAT32_LARGE, faster_than_peers, least=1, beside=Kind.PEER),
     Bound(
         "ModelEma: times as fast as the fastest peer",
         FLOAT32,
@@ -106,9 +107,10 @@ CPU_BOUNDS = (
         beside=Kind.PEER,
     ),
     Bound("ModelEma: times as fast as the seed's formula", FLOAT32, EVERY, classic_faster_than_seed, least=3),
-    Bound("times as fast as the fastest peer", MIXED, SMALL, faster_than_peers, least=20, beside=Kind.PEER),
+    Bound("times as fast as the fastest peer", MIXED, SMALL, faster_than_peers, least=30, beside=Kind.PEER),
     Bound("times as fast as the fastest peer", MIXED, ("vit", "gpt2"), faster_than_peers, least=2, beside=Kind.PEER),
     Bound("of the limit's time", MIXED, LARGE, of_the_limit, most=1.2, beside=Kind.LIMIT),
+    Bound("of its bytes' time", STOCHASTIC, EVERY, of_the_limit, most=2, beside=Kind.LIMIT),
     Bound("of plain's time", COMPENSATED, LARGE, compensated, most=1.5),
     Bound("2 profiles: of two averages' time", PROFILES, ("resnet50", "vit"), two_profiles, most=0.9),
     Bound("4 profiles: of four averages' time", PROFILES, ("resnet50", "vit"), four_profiles, most=0.8),

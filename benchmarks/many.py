@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 import polyak
-from benchmarks import limits, ours, timm_file
+from benchmarks import limits, ours, tables, timm_file
 from benchmarks.bounds import CLASSIC, OURS, Verdict
 from benchmarks.contender import DECAY, Running
 from benchmarks.shapes import small_tensors
@@ -172,17 +172,16 @@ def busy_processes() -> Iterator[None]:
 
 def measure(*, rounds: int = 30) -> Many:
     settle_allocator()
+    updates = [
+        measure_updates("1000 tensors of 32x32", small_tensors(), rounds=rounds),
+        measure_updates("1500 tensors of 24x24 in 750 modules", linear_modules(), rounds=rounds),
+        measure_updates("12,060 tensors in 19,741 modules", mixture_of_experts(), rounds=max(rounds // 4, 3)),
+    ]
+    calls = [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)]
+    # Last, for what was waited for there is remembered for some updates.
     with busy_processes():
         crowded = measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
-    return Many(
-        crowded,
-        [
-            measure_updates("1000 tensors of 32x32", small_tensors(), rounds=rounds),
-            measure_updates("1500 tensors of 24x24 in 750 modules", linear_modules(), rounds=rounds),
-            measure_updates("12,060 tensors in 19,741 modules", mixture_of_experts(), rounds=max(rounds // 4, 3)),
-        ],
-        [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)],
-    )
+    return Many(crowded, updates, calls)
 
 
 def updates_table(measured: list[Updates]) -> Table:
@@ -246,8 +245,7 @@ def main(rounds: int = 30) -> None:
     console, many = Console(width=170), measure(rounds=rounds)
     console.print(updates_table([*many.updates, many.crowded]).rich())
     console.print(calls_table(many.calls).rich())
-    for verdict in verdicts(many):
-        console.print(verdict)
+    console.print(tables.verdict_table(list(verdicts(many))).rich())
     console.print(f"{perf_counter() - started:.0f} s")
 
 

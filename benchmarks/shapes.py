@@ -94,6 +94,18 @@ def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config())
 
 
+def convnext_tiny() -> nn.Module:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    return ConvNextForImageClassification(ConvNextConfig(num_labels=1000))
+
+
+def bert_base() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig())
+
+
 def llama(width: int, inner: int, layers: int, heads: int, key_value_heads: int, vocabulary: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,6 +126,8 @@ SHAPES = (
     Shape("resnet50", "ResNet-50", entries=320, rounds=60, build=resnet50),
     Shape("vit", "ViT-B/16", entries=200, rounds=30, build=vit_base),
     Shape("gpt2", "GPT-2 124M", entries=149, rounds=20, build=gpt2),
+    Shape("convnext", "ConvNeXt-T", entries=182, rounds=60, build=convnext_tiny),
+    Shape("bert", "BERT-base", entries=199, rounds=20, build=bert_base),
     Shape(
         "llama-1b",
         "Llama 1.1B",
