@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 import formats_table
+from benchmarks import speed
+from benchmarks.gpu.sentence import records
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -61,6 +63,11 @@ def headings(path):
     """What GitHub makes of the headings of a page, for links to them."""
     titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_the_times_are_those_of_the_record():
+    found = speed.PLACE.search(README)
+    assert found[2] == speed.table(records()[speed.RECORD]), "python -m benchmarks.speed --write writes it anew"
 
 
 def test_its_commands_are_targets_of_the_makefile():
