@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
+DRAW = 2  # the version of the way to draw. States hold it: under another one they could not resume bit for bit.
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
 _MAGNITUDE = 0x7FFFFFFF
