@@ -51,6 +51,7 @@ _MAGNITUDE = 0x7FFFFFFF
 _EXPONENT = 0x7F800000
 _SIGN_AND_EXPONENT = -0x00800000
 # The bits of some numbers as float32.
+_OFFSET = 0x4B010000  # 2 ** 23 + 2 ** 16
 _CUT_FROM_BFLOAT16 = 0x7E800000  # 2 ** 126
 _LARGEST_FLOAT16 = 0x477FE000  # 65504
 _NORMAL_FLOAT16 = 0x38800000  # 2 ** -14, from where on float16 has its full precision
@@ -119,7 +120,7 @@ def _round_bfloat16(high: Tensor, low: Tensor, upper: Tensor, lower: Tensor) -> 
     # One less if `low` points to zero, which from a power of two leads to the next lower exponent.
     inner = bits + ((bits ^ low.view(torch.int32)) >> 31)
     # With its sign, 2 ** (126 - e) for the biased exponent e. Times 2 ** 23 it is half the inverse of a last bit.
-    power = (0x7E800000 - (inner & _SIGN_AND_EXPONENT)).view(torch.float32)
+    power = ((253 << 23) - (inner & _SIGN_AND_EXPONENT)).view(torch.float32)
     rounded = bits + upper + _carry(low * 2.0**23 * power, lower).clamp_(min=-1)
     found = torch.where(bits & _MAGNITUDE < _CUT_FROM_BFLOAT16, rounded, bits)
     return (found >> 16).to(torch.int16).view(torch.bfloat16)
@@ -137,7 +138,8 @@ def _round_float16(high: Tensor, low: Tensor, upper: Tensor, lower: Tensor) -> T
     wide_bits = wide.view(torch.int32)
     inner = (wide_bits + (outward.view(torch.int32) >> 31)) & _EXPONENT
     exponent = inner.clamp_(min=_NORMAL_FLOAT16).masked_fill_(is_small, _NORMAL_FLOAT16)
-    power = (0x8A000000 - (1 << 32) - exponent).view(torch.float32)
+    # Half the inverse of a last bit, by its bits, modulo 2 ** 32.
+    power = ((276 << 23) - (1 << 32) - exponent).view(torch.float32)
     steps = wide_bits - torch.where(is_small, 113 << 23, 112 << 23) + _carry(outward * power, lower)
     rounded = (steps * 8 + upper >> 16).clamp_(0, 0x7BFF)
     special = torch.where(magnitude > _EXPONENT, 0x7E00, 0x7C00)
@@ -152,6 +154,6 @@ def _carry(half: Tensor, lower: Tensor) -> Tensor:
         half: half the fraction of a last bit that is to be added.
         lower: int32, the lower half of the random bits.
     """
-    # From 2 ** 23 on float32 has whole numbers only, and its lowest bits are those of the whole number.
-    total = (lower | 0x4B010000).view(torch.float32) + half * 2.0**17
-    return (total.view(torch.int32) >> 16) - 0x4B01
+    # From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's.
+    total = (lower | _OFFSET).view(torch.float32) + half * 2.0**17
+    return (total.view(torch.int32) >> 16) - (_OFFSET >> 16)

@@ -11,6 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_SIGN = tl.constexpr(-0x80000000)
+# The bits of 2 ** 23 + 2 ** 16. From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's.
+_OFFSET = tl.constexpr(0x4B010000)
+# What a carry and an upper half have too much of it.
+_CARRIED = tl.constexpr(0x4B01)
+
 
 @triton.jit
 def fma(x, y, z, INTERPRETED: tl.constexpr):
@@ -84,25 +90,24 @@ def random_bits(pairs, lower, upper):
 
 @triton.jit
 def halves(words, is_odd):
-    """The upper and the lower half of each element's random bits, as int32, beside the bits of 2 ** 23 + 2 ** 16.
+    """The upper and the lower half of each element's random bits, as int32 and with the bits of `_OFFSET`.
 
     An element at an odd place has the halves of its pair's word swapped.
     """
-    first = ((words >> 16) | 0x4B010000).to(tl.int32)
-    second = ((words & 0xFFFF) | 0x4B010000).to(tl.int32)
+    first = ((words >> 16) | _OFFSET).to(tl.int32)
+    second = ((words & 0xFFFF) | _OFFSET).to(tl.int32)
     return tl.where(is_odd, second, first), tl.where(is_odd, first, second)
 
 
 @triton.jit
 def _carry(half, lower):
-    """The carry, in last bits of float32, plus 0x4B01.
+    """The carry, in last bits of float32, plus `_CARRIED`.
 
     Args:
         half: half the fraction of a last bit that is to be added.
         lower: the lower half of the random bits, as from `halves`.
     """
-    # From 2 ** 23 on float32 has whole numbers only, and its lowest bits are those of the whole number. The product is
-    # exact, so the interpreter, which rounds it, has the same sum.
+    # The product is exact, so the interpreter, which rounds it, has the same sum.
     return tl.fma(half, 131072.0, lower.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) >> 16
 
 
@@ -111,10 +116,10 @@ def round_bfloat16(high, low, upper, lower):
     """`high + low` stochastically rounded to bfloat16, as int16; the halves are as from `halves`."""
     words = high.to(tl.int32, bitcast=True)
     inner = words + ((words ^ low.to(tl.int32, bitcast=True)) >> 31)
-    # With its sign, 2 ** (126 - e) for the biased exponent e of `inner`.
-    power = (0x7E800000 - (inner & -0x800000)).to(tl.float32, bitcast=True)
-    # What the carry and the upper half have too much goes with the bound.
-    carry = tl.maximum(_carry(low * 8388608.0 * power, lower) - 0x4B014B01, -0x4B010001)
+    # With its sign, 2 ** (126 - e) for the biased exponent e of `inner`; times 2 ** 23, half the inverse of a last bit.
+    power = ((253 << 23) - (inner & -0x800000)).to(tl.float32, bitcast=True)
+    # Without what it has too much, at least -1; less what the upper half has too much.
+    carry = tl.maximum(_carry(low * 8388608.0 * power, lower) - (_CARRIED + _OFFSET), -1 - _OFFSET)
     rounded = words + upper + carry
     return (tl.where(tl.abs(high) < 8.507059173023462e37, rounded, words) >> 16).to(tl.int16)
 
@@ -124,15 +129,15 @@ def round_float16(high, low, upper, lower):
     """`high + low` stochastically rounded to float16, as int16; the halves are as from `halves`."""
     words = high.to(tl.int32, bitcast=True)
     size = tl.abs(high)
-    # Times 2 ** -112, numbers below 2 ** -14 are subnormal in float32, too, and both have the same exponents.
+    # Times 2 ** -112, what is subnormal in float16 is subnormal in float32, and the exponents of both are the same.
     shifted = tl.minimum(size, 65504.0) * 1.925929944387236e-34
     lost = size - shifted * 5.192296858534828e33
-    outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True) + lost
+    outward = (low.to(tl.int32, bitcast=True) ^ (words & _SIGN)).to(tl.float32, bitcast=True) + lost
     shifted_bits = shifted.to(tl.int32, bitcast=True)
     inner = (shifted_bits + (outward.to(tl.int32, bitcast=True) >> 31)) & 0x7F800000
-    power = (0x52000000 - tl.maximum(inner, 0x800000)).to(tl.float32, bitcast=True)
-    # What the carry and the upper half have too much: 8 * 0x4B01 + 0x4B010000.
+    # Half the inverse of a last bit; subnormal numbers have that of the first exponent.
+    power = ((164 << 23) - tl.maximum(inner, 1 << 23)).to(tl.float32, bitcast=True)
     rounded = (shifted_bits + _carry(outward * power, lower)) * 8 + upper
-    rounded = tl.minimum(tl.maximum(rounded - 0x4B035808, 0), 0x7BFF0000)
+    rounded = tl.minimum(tl.maximum(rounded - (8 * _CARRIED + _OFFSET), 0), 0x7BFF0000)
     rounded = tl.where(size < float("inf"), rounded, words << 3)
-    return (((rounded & 0x7FFFFFFF) | (words & -0x80000000)) >> 16).to(tl.int16)
+    return (((rounded & 0x7FFFFFFF) | (words & _SIGN)) >> 16).to(tl.int16)

@@ -1,6 +1,6 @@
 /* Stochastic rounding to 16 bits: the arithmetic of rounding.py, two neighbours at a time.
  *
- * Both neighbours take their 32 random bits from one word: the even one the word itself, the odd one its halves swapped.
+ * Two neighbours take their 32 random bits from one word: the even one as it is, the odd one with its halves swapped.
  */
 #ifndef POLYAK_ROUNDING_H
 #define POLYAK_ROUNDING_H
@@ -39,7 +39,7 @@ typedef enum { BELOW_HALF, FROM_HALF, COPY } Way; /* the ranges of weights */
 
 INLINE Sum moved(float average, float source, float weight, Way way)
 {
-    if (way == COPY) /* cut to 16 bits, a NaN could become an infinity */
+    if (way == COPY) /* a NaN whose upper 16 bits are those of an infinity would become one */
         return (Sum){source == source ? source : NAN, 0.0f};
     const float difference = source - average;
     const float base = way == BELOW_HALF ? average : source;
@@ -48,12 +48,20 @@ INLINE Sum moved(float average, float source, float weight, Way way)
     return (Sum){high, difference * factor - (high - base)};
 }
 
-/* The carry plus 0x4B01. `half` is half the fraction of a last bit of float32 that `low` is. From 2 ** 23 on float32 has
- * whole numbers only, and its lowest bits are those of the whole number. */
+/* The bits of 2 ** 23 + 2 ** 16. From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's. */
+#define OFFSET 0x4B010000u
+#define CARRIED (OFFSET >> 16)
+
+/* The carry, in last bits of float32, plus CARRIED. `half` is half the fraction of a last bit that is to be added. */
 INLINE int32_t carry(float half, uint32_t lower)
 {
-    return (int32_t)bits_of(fmaf(half, 0x1p17f, float_of(0x4B010000u | lower))) >> 16;
+    return (int32_t)bits_of(fmaf(half, 0x1p17f, float_of(OFFSET | lower))) >> 16;
 }
+
+/* The bits of some numbers as float32. */
+#define CUT_FROM_BFLOAT16 0x7E800000u /* 2 ** 126 */
+#define LARGEST_FLOAT16 0x477FE000u   /* 65504 */
+#define NORMAL_FLOAT16 0x38800000u    /* 2 ** -14, from where on float16 has its full precision */
 
 /* Each of these leaves the number in the upper 16 bits. */
 
@@ -61,26 +69,27 @@ INLINE uint32_t round_bfloat16(Sum sum, uint32_t upper, uint32_t lower)
 {
     const uint32_t bits = bits_of(sum.high);
     const uint32_t inner = bits + (uint32_t)((int32_t)(bits ^ bits_of(sum.low)) >> 31);
-    /* With its sign, 2 ** (126 - e) for the biased exponent e of `inner`. */
-    const float power = float_of(0x7E800000u - (inner & 0xFF800000u));
-    const int32_t carried = carry(sum.low * 0x1p23f * power, lower);
-    const uint32_t rounded = bits - 0x4B01u + upper + (uint32_t)(carried > 0x4B00 ? carried : 0x4B00);
-    return (bits & 0x7FFFFFFFu) < 0x7E800000u ? rounded : bits;
+    /* With its sign, 2 ** (126 - e) for the biased exponent e. Times 2 ** 23 it is half the inverse of a last bit. */
+    const float power = float_of((253u << 23) - (inner & 0xFF800000u));
+    const int32_t carried = carry(sum.low * 0x1p23f * power, lower), least = CARRIED - 1;
+    const uint32_t rounded = bits - CARRIED + upper + (uint32_t)(carried > least ? carried : least);
+    return (bits & 0x7FFFFFFFu) < CUT_FROM_BFLOAT16 ? rounded : bits;
 }
 
 INLINE uint32_t round_float16(Sum sum, uint32_t upper, uint32_t lower)
 {
     const uint32_t bits = bits_of(sum.high), sign = bits & 0x80000000u, magnitude = bits ^ sign;
-    const uint32_t kept = magnitude < 0x477FE000u ? magnitude : 0x477FE000u;
+    const uint32_t kept = magnitude < LARGEST_FLOAT16 ? magnitude : LARGEST_FLOAT16;
     /* Below 2 ** -14 float16 has the last bit of 2 ** -14. Beside that number, float32 has 13 bits more. */
-    const uint32_t is_small = kept < 0x38800000u ? ~0u : 0u, room = is_small & 0x38800000u;
+    const uint32_t is_small = kept < NORMAL_FLOAT16 ? ~0u : 0u, room = is_small & NORMAL_FLOAT16;
     const float wide = float_of(kept) + float_of(room), lost = float_of(magnitude) - (wide - float_of(room));
     const float outward = float_of(bits_of(sum.low) ^ sign) + lost;
     const uint32_t inner = bits_of(wide) + (uint32_t)((int32_t)(bits_of(outward) | is_small) >> 31);
     const uint32_t exponent = inner & 0x7F800000u;
-    const float power = float_of(0x8A000000u - (exponent > 0x38800000u ? exponent : 0x38800000u));
-    const uint32_t carried = bits_of(wide) - (room & 0x800000u) - 0x38004B01u + (uint32_t)carry(outward * power, lower);
-    int32_t rounded = (int32_t)(carried * 8u + upper);
+    const float power = float_of((276u << 23) - (exponent > NORMAL_FLOAT16 ? exponent : NORMAL_FLOAT16));
+    /* The number in units of its last bit: zero has the exponent 112, or 113 beside `room`. */
+    const uint32_t whole = bits_of(wide) - (room & 0x800000u) - (112u << 23);
+    int32_t rounded = (int32_t)((whole - CARRIED + (uint32_t)carry(outward * power, lower)) * 8u + upper);
     rounded = rounded > 0 ? rounded : 0;
     rounded = rounded < 0x7BFF0000 ? rounded : 0x7BFF0000;
     return (magnitude < 0x7F800000u ? (uint32_t)rounded : bits << 3 & 0x7FFFFFFFu) | sign;

@@ -134,7 +134,7 @@ DEFINE_COMPENSATED(compensated_bfloat16, uint16_t, from_bfloat16)
                            Way way)                                                                                    \
     {                                                                                                                  \
         const uint32_t word = random_bits((uint32_t)(place >> 1), key), upper = word >> 16, lower = word & 0xFFFFu;    \
-        const Sum sum = moved(from_##AVERAGE(*average), from_##SOURCE(*source), weight, way);                   \
+        const Sum sum = moved(from_##AVERAGE(*average), from_##SOURCE(*source), weight, way);                          \
         *average = (uint16_t)(round_##AVERAGE(sum, place & 1 ? lower : upper, place & 1 ? upper : lower) >> 16);       \
     }                                                                                                                  \
     INLINE void NAME##_way(const SOURCE_TYPE *restrict source, uint16_t *restrict average, int64_t count,              \
