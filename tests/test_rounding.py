@@ -168,7 +168,7 @@ class TestDistribution:
     @each_kernel
     @each_dtype
     def test_an_average_that_becomes_zero_is_zero(self, dtype, kernel):
-        """`-2 + weight * 3` has one more bit than float32, and is 0 where the difference was rounded to 3."""
+        """The difference, 3 + 2 ** -23, is rounded to 3; then its part and the source cancel."""
         average, source = torch.full((1 << 20,), -2.0, dtype=dtype), torch.full((1 << 20,), 1 + 2.0**-23)
         assert (updated(average, source, 5592405 / 2**23, kernel=kernel) == 0).all()
 

@@ -157,7 +157,7 @@ def round_float16(high, low, random):
         return 0x7E00
     if math.isinf(high):
         return sign | 0x7C00
-    # The number as whole steps from zero, of which 2 ** 13 are a last bit of float16.
+    # The number in whole steps from zero; 2 ** 13 steps are a last bit of float16.
     kept = min(size, 65504.0)
     if kept < 2.0**-14:
         steps = round(kept * 2.0**37)

@@ -1,12 +1,12 @@
 """Stochastic rounding to 16 bits: up or down at random, without bias, from random bits that can be repeated.
 
 The random bits of an element are a function of four numbers: a seed, the number of the update, the tensor's key, and
-the element's place in it. So there is no generator to save, and every kernel, rank and shard draws the same. Drawing
-costs as much as rounding, so two neighbours, at places 2 * pair and 2 * pair + 1, share one word of 32 bits:
+the element's place in it. So there is no generator to save, and every kernel, rank and shard draws the same. Two
+neighbours, at places 2 * pair and 2 * pair + 1, share one word of 32 bits, so that half as many words are drawn:
 
     step = mix64(mix64(seed) + number * GOLDEN)
     key  = mix64(step ^ tensor's key ^ (pair >> 32) * GOLDEN)
-    word = mix32(pair, key), where the lower half of the key is mixed in first and the upper half on the way
+    word = mix32(pair, key), which mixes in the lower half of the key first and the upper half on the way
     bits = word at the even place, word with its halves swapped at the odd one
 
 Each element has 32 uniform bits, and the upper halves of neighbours are independent. The lower half of an element
@@ -29,8 +29,8 @@ to nearest, ties to even. For float16 the shift is 13, and only 13 bits of the u
 are first rounded to multiples of 2 ** -37, and `low` takes over the difference.
 
 Finite numbers stay finite: float16 saturates at 65504, and bfloat16 truncates numbers from 2 ** 126 on. Nothing
-crosses zero: if `high` is zero, the exact average is at most 2 ** -150, so that the product rounds to `-base` or to the
-next number on the average's side, and `low` is zero or has the sign of `high`.
+crosses zero: if `high` is zero, the exact average is at most 2 ** -150 in size. The product then rounds to `-base` or
+to the next number on the average's side, and `low` is zero or has the sign of `high`.
 
 Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014 (mix64); Appleby, MurmurHash3, 2011
 (mix32); Connolly, Higham and Mary, Stochastic rounding and its probabilistic backward error analysis, 2021.

@@ -119,7 +119,7 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
 
 
 def _segments(row: Row) -> Iterator[tuple[int, int]]:
-    """The row, cut where the upper 32 bits of the number of a pair change, which the key depends on."""
+    """The row, cut wherever the upper 32 bits of a pair's number change: the key depends on them."""
     start, size = 0, row.source.numel()
     while start < size:
         stop = min(size, (((row.first + start >> 33) + 1) << 33) - row.first)
