@@ -11,8 +11,16 @@ FOLDER = "src/polyak/kernels/native"
 native = Extension(
     "polyak.kernels.native._native",
     [f"{FOLDER}/update.c", f"{FOLDER}/memory.c", f"{FOLDER}/look.c"],
-    depends=[f"{FOLDER}/common.h"],
-    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp"],
+    depends=[f"{FOLDER}/common.h", f"{FOLDER}/rounding.h"],
+    extra_compile_args=[
+        "-O3",
+        "-std=gnu11",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-fvisibility=hidden",
+        "-fopenmp",
+    ],
     libraries=["m"],
     optional=True,  # without a compiler, torch's own operations do the same
 )

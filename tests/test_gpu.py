@@ -141,7 +141,7 @@ def test_more_than_two_to_the_31_elements(compiled):
     source = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     whole = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     parts = whole.clone()
-    first = 2**32 - 1000
+    first = 2**33 - 1000
     Triton([Row("x", source, (whole,), key=5, first=first)]).run([0.1], cases.STEP)
     rows = [
         Row("x", source[:middle], (parts[:middle],), key=5, first=first),

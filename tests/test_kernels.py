@@ -38,7 +38,7 @@ def random(dtype, *shape):
 
 KERNELS = [None, ["native", "staged"], ["foreach", "staged"], ["staged"]]
 STEP = modes.step_key(7, 3)
-FIRST = 2**32 - 100  # places of which one half is above 2 ** 32
+FIRST = 2**33 - 101  # an odd place, and pairs on both sides of 2 ** 32
 
 
 def dtypes_of(mode):

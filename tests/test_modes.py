@@ -263,6 +263,35 @@ class TestStochastic:
         with pytest.raises(polyak.StateError, match=r"seed was 0 and is 1"):
             other.load_state_dict(average.state_dict())
 
+    def test_the_state_of_another_draw_is_refused_and_its_weights_can_be_read(self, tmp_path):
+        average, other = (polyak.WeightAverage(zoo.mlp(), dtype=torch.bfloat16, seed=5) for _ in range(2))
+        average.update()
+        state = average.state_dict()
+        # Of the first versions, which had no number for the draw.
+        configuration = {key: value for key, value in state["configuration"].items() if key != "draw"}
+        kept = {key: {"6c18270f658660f1": next(iter(state[key].values()))} for key in ("averages", "copies")}
+        torch.save({**state, **kept, "configuration": configuration}, tmp_path / "state.pt")
+        before = other.weights()
+        with pytest.raises(polyak.StateError, match=r"drew other random bits .*draw 1, here 2.*polyak.read"):
+            other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+        assert zoo.bit_equal(other.weights(), before)
+        assert zoo.bit_equal(polyak.read(tmp_path / "state.pt").weights(), average.weights())
+
+
+@pytest.mark.filterwarnings("ignore:the average is saved after 0 updates")
+@pytest.mark.parametrize(
+    ("options", "fingerprint"),
+    [
+        ({}, "b9957614db4d47ad"),
+        ({"compensated": True}, "9c3aaf2a766e6ec5"),
+        ({"dtype": torch.float64}, "7f9924c5dbe0ffa1"),
+    ],
+    ids=str,
+)
+def test_states_of_other_modes_have_the_fingerprint_that_they_always_had(options, fingerprint):
+    state = polyak.WeightAverage(torch.nn.Linear(3, 2), polyak.Exponential(0.9), **options).state_dict()
+    assert list(state["averages"]) == [fingerprint]
+
 
 def relative_error(average, expected):
     return float((widen(average.weights()["weight"]) - expected).norm() / expected.norm())

@@ -37,9 +37,9 @@ def row_on_meta(elements, *, source=torch.float32, average=torch.float32, **more
     return Row("x", tensor, (torch.empty(elements, dtype=average, device="meta"),), **more)
 
 
-@pytest.mark.parametrize("first", [0, 5, 2**32 - 1000, 2**33 - 1])
-@pytest.mark.parametrize("elements", [1, 3, 1024, 1030, 8 * BLOCK, 2**31 + 70, 3 * 2**32 + 5])
-def test_chunks_cover_each_element_once_and_cross_no_multiple_of_two_to_the_32(elements, first):
+@pytest.mark.parametrize("first", [0, 5, 2**33 - 1000, 2**34 - 1])
+@pytest.mark.parametrize("elements", [1, 3, 1024, 1030, 8 * BLOCK, 2**31 + 70, 5 * 2**32 + 5])
+def test_chunks_cover_each_element_once_and_cross_no_multiple_of_two_to_the_33(elements, first):
     row = row_on_meta(elements, source=torch.bfloat16, average=torch.bfloat16, key=1, first=first)
     table = make_chunks([row], 8 * BLOCK)
     starts, counts = table[:, 0], table[:, 1] >> 32 & 0xFFFF
@@ -48,9 +48,10 @@ def test_chunks_cover_each_element_once_and_cross_no_multiple_of_two_to_the_32(e
     assert int(starts[-1] + counts[-1]) == elements
     assert int(counts.min()) > 0
     assert int(counts.max()) <= 8 * BLOCK
-    assert torch.equal((starts + first) >> 32, (starts + first + counts - 1) >> 32)
+    assert torch.equal((starts + first) >> 33, (starts + first + counts - 1) >> 33)
     vectors = table[table[:, 1] >> 48 & 1 == 1]
     assert not (vectors[:, 0] % VECTOR).any()
+    assert not ((vectors[:, 0] + first) % 2).any()
     assert not ((vectors[:, 1] >> 32 & 0xFFFF) % VECTOR).any()
 
 

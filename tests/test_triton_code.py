@@ -77,6 +77,15 @@ def test_each_kind_by_itself(source, form):
     check_arithmetic(compiled_update(kind, profiles=2))
 
 
+@pytest.mark.parametrize("form", [form for form, (mode, *_) in enumerate(FORMS) if mode == "stochastic"])
+def test_two_neighbours_share_a_draw(form):
+    """Of 8 elements of a thread; without vectors each of 4 has its own, since a chunk may begin at an odd place."""
+    for is_vector, num_draws in ((True, 4), (False, 4)):
+        code = compiled_update(2 * len(SOURCES) * form + is_vector, profiles=2)
+        # A factor of the mixing function.
+        assert len(re.findall(r"mul\.lo\.s32 .*, -2048144789;", code.asm["ptx"])) == num_draws
+
+
 def test_different_kinds_in_one_kernel_shuffle_nothing():
     check_arithmetic(compiled_update(0, 1, 3, 9, 13, 15, 20, profiles=2))
 

@@ -200,7 +200,7 @@ def test_several_blocks_a_chunk(maximum, monkeypatch):
 
 
 @pytest.mark.protects
-@pytest.mark.parametrize("first", [5, 2**32 - 30, 2**33 - 1, 5 * 2**32 + 3])
+@pytest.mark.parametrize("first", [4, 5, 2**32 - 31, 2**33 - 30, 2**33 - 1, 5 * 2**33 + 3])
 def test_random_bits_follow_an_elements_place_in_the_whole_tensor(first):
     torch.manual_seed(1)
     sources = [torch.randn(60, device=DEVICE).to(dtype) for dtype in SOURCES]
@@ -215,15 +215,16 @@ def test_random_bits_for_large_and_small_keys():
 
 
 def test_places_beyond_32_bits(monkeypatch):
-    """The last chunks of a tensor whose memory is otherwise never touched."""
+    """The last two chunks of a tensor whose memory is otherwise never touched; the second begins at 3 * 2 ** 33."""
     monkeypatch.setattr(table, "BLOCK", 1024)
     size, end = 2**31 + 70, 70
     source, average = (torch.empty(size, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     source[-end:] = torch.randn(end)
     average[-end:] = torch.randn(end)
-    tail = Row("x", source[-end:], (average[-end:],), key=5, first=size - end + 2**32)
+    first = 3 * 2**33 - size + 2
+    tail = Row("x", source[-end:], (average[-end:],), key=5, first=first + size - end)
     right = expected(tail, [0.1])
-    kernel = Triton([Row("x", source, (average,), key=5, first=2**32)])
+    kernel = Triton([Row("x", source, (average,), key=5, first=first)])
     chunks = kernel._table.chunks
     assert chunks[-2:, 0].tolist() == [2**31, 2**31 + 68]
     kernel._table = dataclasses.replace(kernel._table, chunks=chunks[-2:])
@@ -232,7 +233,7 @@ def test_places_beyond_32_bits(monkeypatch):
     assert_same(tail, right)
 
 
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-39, 6e-8, 6.1e-5, 65504.0, 65520.0, 3.38e38, 3.4e38, -3.4e38]
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-39, 6e-8, 6.1e-5, 65504.0, 65520.0, 8e37, 1e38, 3.38e38, -3.4e38]
 SPECIAL += [float("inf"), -float("inf"), float("nan")]
 
 

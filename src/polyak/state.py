@@ -5,8 +5,8 @@
      "clock": {...}, "pending": {name: float}, "ties": {name: [alias]}, "frozen": {name: checksum or None},
      "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
 
-With compensated=True there are "seconds", like "averages", and the configuration says so; that of averages which are
-rounded stochastically has the seed.
+With compensated=True there are "seconds", like "averages", and the configuration says so. If averages are rounded
+stochastically, it has the seed, and the version of the draw.
 
 The fingerprint of the configuration stands in the path of every tensor, because a loader that reads into live tensors
 (torch.distributed.checkpoint does) would otherwise have overwritten them before anyone could compare configurations.
@@ -26,7 +26,7 @@ from torch import Tensor
 from polyak.clock import Clock
 from polyak.core import Core
 from polyak.errors import FileFormatError, MismatchError, StateError, listed
-from polyak.kernels import copy_, is_plain
+from polyak.kernels import DRAW, copy_, is_plain
 from polyak.shards import describe, is_sharded, local, sharding_of
 from polyak.source import check_same_names
 
@@ -76,6 +76,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     """Checks a state against what is here, whole, and takes it over."""
     _check_format(state)
     configuration = _configuration(core)
+    _check_draw(state["configuration"], configuration)
     if state["configuration"] != configuration:
         raise StateError(
             "the state was saved with another configuration and cannot be continued under this one: "
@@ -132,7 +133,7 @@ def _configuration(core: Core) -> dict[str, Any]:
         "start": core.clock.start,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in averages.values()}),
         **({"compensated": True} if modes.compensated else {}),
-        **({"seed": modes.seed} if modes.is_stochastic else {}),
+        **({"seed": modes.seed, "draw": DRAW} if modes.is_stochastic else {}),
     }
 
 
@@ -162,6 +163,17 @@ def _check_format(state: Mapping[str, Any]) -> None:
     missing = {"configuration", "clock", "pending", "averages"} - state.keys()
     if missing:
         raise FileFormatError(f"the state is damaged: it has no {listed(sorted(missing))}")
+
+
+def _check_draw(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises a StateError if averages are rounded stochastically on both sides, by different random bits."""
+    if "seed" not in saved or "seed" not in here or saved.get("draw", 1) == here["draw"]:
+        return
+    raise StateError(
+        "the state was saved by a version of polyak that drew other random bits for averages in 16 bits (draw "
+        f"{saved.get('draw', 1)!r}, here {here['draw']}), so it cannot be continued bit for bit. Nothing was written. "
+        "Read its weights by polyak.read(file).weights(), and make a new WeightAverage of a model that holds them"
+    )
 
 
 def _read_clock(clock: Clock, saved: Mapping[str, Any]) -> Clock:

@@ -2,16 +2,18 @@
 
 Stochastic rounding. The random bits of an element are a function of four numbers and nothing else:
 
-    key     = mix64(step ^ entry ^ (index >> 32) * GOLDEN)            step = mix64(mix64(seed) + number * GOLDEN)
-    bits    = 32 bits, from index mod 2 ** 32, the lower half of the key, and its upper half
+    step    = mix64(mix64(seed) + number * GOLDEN)
+    key     = mix64(step ^ entry ^ (pair >> 32) * GOLDEN)             pair = index // 2
+    word    = 32 bits, from pair mod 2 ** 32, the lower half of the key, and its upper half
+    bits    = word for an even index, word with its two halves swapped for an odd one
 
 An average in 16 bits, `a`, and a source `s` give in float32 `high = lerp(a, s, weight)` and what that rounded away,
-`low = weight * (s - a) - (high - a)`. Their sum lies between two numbers of 16 bits, and goes up with the probability
-that leaves its mean where it is.
+`low`. Their sum lies between two numbers of 16 bits, and goes up with the probability that leaves its mean where it is.
 """
 
 import hashlib
 import itertools
+import math
 
 import torch
 
@@ -75,73 +77,95 @@ def entry_key(name):
 
 def random_bits(step, entry, index):
     """32 bits for one element: the finalizer of MurmurHash3 (Appleby), with the second half of the key inside."""
-    key = mix64(step ^ entry ^ ((index >> 32) * GOLDEN & MASK_64))
-    x = (index & MASK_32) ^ (key & MASK_32)
+    pair, is_odd = divmod(index, 2)
+    key = mix64(step ^ entry ^ ((pair >> 32) * GOLDEN & MASK_64))
+    x = (pair & MASK_32) ^ (key & MASK_32)
     x ^= x >> 16
     x = x * 0x85EBCA6B & MASK_32
     x ^= x >> 13
     x = x + (key >> 32) & MASK_32
     x = x * 0xC2B2AE35 & MASK_32
-    return x ^ (x >> 16)
+    x ^= x >> 16
+    return (x & 0xFFFF) << 16 | x >> 16 if is_odd else x
 
 
 def stochastic(average, source, weight, step, entry, first=0):
     """The new average of 16 bits; elements are counted in memory order, the first of them is number `first`."""
     if weight == 0.0:
         return average.clone()
-    a, s = average.float(), source.to(torch.float32)
-    high = s.clone() if weight == 1.0 else torch.lerp(a, s, weight)
-    low = torch.zeros_like(s) if weight == 1.0 else (s - a) * torch.tensor(weight, dtype=torch.float32) - (high - a)
+    high, low = high_and_low(average.float(), source.to(torch.float32), weight)
     rounding = round_bfloat16 if average.dtype == torch.bfloat16 else round_float16
     rounded = average.clone()
     places = torch.arange(average.numel()).as_strided(average.shape, average.stride())
     for at in itertools.product(*map(range, average.shape)):
         random = random_bits(step, entry, first + int(places[at]))
-        bits = rounding(bits_of(high[at]), float(low[at]), random)
+        bits = rounding(float(high[at]), float(low[at]), random)
         rounded.view(torch.int16)[at] = bits - 2**16 if bits >= 2**15 else bits
     return rounded
 
 
+def high_and_low(average, source, weight):
+    """The new average in float32, and what its last rounding lost."""
+    if weight == 1.0:
+        return source.clone(), torch.zeros_like(source)
+    weight = torch.tensor(weight, dtype=torch.float32)
+    high = torch.lerp(average, source, weight)
+    if weight < 0.5:
+        return high, (source - average) * weight - (high - average)
+    return high, (source - average) * (weight - 1) - (high - source)
+
+
 def bits_of(number):
-    return int(number.view(torch.int32)) & MASK_32
+    """The bits of a float as float32."""
+    return int(torch.tensor(number, dtype=torch.float32).view(torch.int32)) & MASK_32
 
 
-def remainder_of(magnitude, low, negative, even=0):
-    """What `low` is of the last bit of `high`, times 2 ** 16, towards zero; 0 where `high` is tiny.
+def float32(number):
+    """A float, rounded to float32."""
+    return float(torch.tensor(number, dtype=torch.float32))
 
-    Below a power of two the last bit is half of that above, in float32 and in 16 bits, but for one power (`even`).
+
+def is_negative(number):
+    return math.copysign(1.0, number) < 0
+
+
+def carry_of(fraction, random):
+    """The whole part of a fraction of a last bit and the lower 16 random bits.
+
+    What is more than about 100 last bits is noise, and as it comes out of float32.
     """
-    exponent = magnitude >> 23
-    if exponent < 39:
-        return 0
-    outward = -low if negative else low
-    if magnitude & 0x7FFFFF == 0 and outward < 0 and magnitude != even:
-        exponent -= 1
-    in_last_bits = outward * 2.0 ** (127 + 39 - exponent)
-    return int(max(-65536.0, min(65536.0, in_last_bits)))
+    total = bits_of(2.0**23 + 2**16 + fraction * 2.0**16 + (random & 0xFFFF))
+    return (total - 2**32 if total >= 2**31 else total) // 2**16 - 0x4B01
 
 
-def round_bfloat16(bits, low, random):
-    negative, magnitude = bits >> 31, bits & 0x7FFFFFFF
-    if magnitude > 0x7F800000:
-        return bits >> 16 | 0x40
-    if magnitude < 0x7F800000:
-        carry = (random & 0xFFFF) + remainder_of(magnitude, low, negative) >> 16
-        magnitude = min(magnitude + (random >> 16) + carry, 0x7F7FFFFF)
-    return negative << 15 | magnitude >> 16
+def round_bfloat16(high, low, random):
+    sign, magnitude = is_negative(high) << 15, bits_of(abs(high))
+    if math.isnan(high):
+        return 0x7FC0
+    if magnitude >= 0x7E800000:
+        return sign | magnitude >> 16
+    outward = low * math.copysign(1.0, high)
+    # Below a power of two the last bit is half of that above.
+    exponent = magnitude - (outward < 0) >> 23
+    carry = max(carry_of(float32(outward * 2.0 ** (149 - exponent)) * 2, random), -1)
+    return sign | magnitude + carry + (random >> 16) >> 16
 
 
-def round_float16(bits, low, random):
-    negative, magnitude = bits >> 31, bits & 0x7FFFFFFF
-    if magnitude > 0x7F800000:
-        return negative << 15 | 0x7E00
-    if magnitude >= 0x38800000:
-        if magnitude == 0x7F800000:
-            return negative << 15 | 0x7C00
-        carry = (random & 0xFFFF) + remainder_of(magnitude, low, negative, even=0x38800000) >> 16
-        magnitude += (random >> 19) + carry
-        return negative << 15 | min((magnitude >> 13) - (112 << 10), 0x7BFF)
-    # Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits.
-    value = float(torch.tensor(magnitude, dtype=torch.int32).view(torch.float32))
-    rest = max(-(2.0**20), min(2.0**20, (-low if negative else low) * 2.0**44))
-    return negative << 15 | max(int(value * 2.0**44) + int(rest) + (random >> 12), 0) >> 20
+def round_float16(high, low, random):
+    sign, size = is_negative(high) << 15, abs(high)
+    if math.isnan(high):
+        return 0x7E00
+    if math.isinf(high):
+        return sign | 0x7C00
+    # The number in whole steps from zero; 2 ** 13 steps are a last bit of float16.
+    kept = min(size, 65504.0)
+    if kept < 2.0**-14:
+        steps = round(kept * 2.0**37)
+        outward = float32(low * math.copysign(1.0, high) + (size - steps * 2.0**-37))
+        exponent = 113
+    else:
+        steps = bits_of(kept) - (112 << 23)
+        outward = float32(low * math.copysign(1.0, high) + float32(size - kept))
+        exponent = max(bits_of(kept) - (outward < 0) >> 23, 113)
+    carry = carry_of(outward * 2.0 ** (150 - exponent), random)
+    return sign | min(max((steps + carry) * 8 + (random >> 16) >> 16, 0), 0x7BFF)

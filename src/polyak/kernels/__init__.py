@@ -34,5 +34,6 @@ from .precision import cast_floating_point as cast_floating_point
 from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of
+from .rounding import DRAW as DRAW
 from .rounding import tensor_key as tensor_key
 from .row import Row as Row

@@ -110,9 +110,13 @@ class Staged:
 
     def _stochastic(self, batch: Batch, averages: list[Tensor], weight: float, random: Tensor) -> None:
         source, average = (flat[: batch.num_elements] for flat in self._scratch)
-        high, low = source, torch.zeros_like(source)
-        if weight != 1.0:
+        if weight == 1.0:
+            # A NaN whose upper 16 bits are those of an infinity would become one.
+            high, low = source.masked_fill(source.isnan(), torch.nan), torch.zeros_like(source)
+        else:
             copy_(like(batch.scratch, average), averages)
             high = torch.lerp(average, source, weight)
-            low = (source - average).mul_(weight).sub_(high - average)
+            short = float(torch.tensor(weight, dtype=torch.float32))
+            base, factor = (average, short) if short < 0.5 else (source, short - 1.0)
+            low = (source - average).mul_(factor).sub_(high - base)
         copy_(averages, like(batch.scratch, round_stochastically(high, low, random, self._dtype)))

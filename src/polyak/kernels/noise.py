@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polyak.kernels.pieces import Batch
-from polyak.kernels.rounding import part_key, random_bits
+from polyak.kernels.rounding import part_key, random_bits, swap_halves
 from polyak.kernels.row import Row
 
 _MASK_32 = (1 << 32) - 1
@@ -29,13 +29,16 @@ def draw(batch: Batch, rows: Sequence[Row], step: int) -> Tensor:
     for piece, number in zip(batch.columns[1], batch.rows, strict=True):
         row = rows[number]
         here = _offsets(piece).add_(row.first + piece.storage_offset() - row.averages[0].storage_offset())
-        lowest, highest = int(here.min()) >> 32, int(here.max()) >> 32
-        keys = [part_key(step, row.key or 0, upper << 32) for upper in range(lowest, highest + 1)]
+        parts = here >> 33
+        lowest, highest = int(parts.min()), int(parts.max())
+        keys = [part_key(step, row.key or 0, part << 32) for part in range(lowest, highest + 1)]
         key = torch.tensor(keys, dtype=torch.int64, device=piece.device)
-        halves.append(key.expand(len(here), 2) if len(key) == 1 else key[(here >> 32) - lowest])
+        halves.append(key.expand(len(here), 2) if len(key) == 1 else key[parts - lowest])
         places.append(here)
     first_halves, second_halves = torch.cat(halves).unbind(1)
-    return random_bits(torch.cat(places).bitwise_and_(_MASK_32), first_halves, second_halves)
+    place = torch.cat(places)
+    words = random_bits((place >> 1).bitwise_and_(_MASK_32), first_halves, second_halves)
+    return torch.where(place & 1 == 1, swap_halves(words), words)
 
 
 def _offsets(piece: Tensor) -> Tensor:

@@ -11,6 +11,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_SIGN = tl.constexpr(-0x80000000)
+# The bits of 2 ** 23 + 2 ** 16. From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's.
+_OFFSET = tl.constexpr(0x4B010000)
+# What a carry and an upper half have too much of it.
+_CARRIED = tl.constexpr(0x4B01)
+
 
 @triton.jit
 def fma(x, y, z, INTERPRETED: tl.constexpr):
@@ -71,62 +77,67 @@ def mix64(z):
 
 
 @triton.jit
-def random_bits(places, lower, upper):
-    """32 random bits for each place; all are uint32.
+def random_bits(pairs, lower, upper):
+    """32 random bits for each pair of neighbours; all are uint32.
 
     `upper` is the upper half of the key times the last factor: `(x + key) * c` is `x * c + key * c`, one operation.
     """
-    x = places ^ lower
+    x = pairs ^ lower
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     x = (x ^ (x >> 13)) * 0xC2B2AE35 + upper
     return x ^ (x >> 16)
 
 
 @triton.jit
-def _carry(words, outward, random, EVEN: tl.constexpr):
-    """-1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits.
+def halves(words, is_odd):
+    """The upper and the lower half of each element's random bits, as int32 and with the bits of `_OFFSET`.
+
+    An element at an odd place has the halves of its pair's word swapped.
+    """
+    first = ((words >> 16) | _OFFSET).to(tl.int32)
+    second = ((words & 0xFFFF) | _OFFSET).to(tl.int32)
+    return tl.where(is_odd, second, first), tl.where(is_odd, first, second)
+
+
+@triton.jit
+def _carry(half, lower):
+    """The carry, in last bits of float32, plus `_CARRIED`.
 
     Args:
-        words: the bits of the number.
-        outward: what is to be added to its magnitude.
-        random: uint32.
-        EVEN: the bits of the power of two about which 16 bits have the same last bit; below all others it is half.
+        half: half the fraction of a last bit that is to be added.
+        lower: the lower half of the random bits, as from `halves`.
     """
-    field = words & 0x7F800000
-    # 2 ** 16 over the last bit, by its bits: 293 = 127 + 127 + 23 + 16, and the difference fits after it wrapped.
-    scale = tl.where(field < 39 << 23, 0, -0x6D800000 - field)
-    is_power = ((words & 0x7FFFFF) == 0) & (field != EVEN) & (outward < 0.0)
-    worth = tl.where(is_power, outward + outward, outward)
-    last_bits = worth * scale.to(tl.float32, bitcast=True)
-    last_bits = tl.minimum(tl.maximum(last_bits, -65536.0), 65536.0).to(tl.int32)
-    return (last_bits + (random & 0xFFFF).to(tl.int32)) >> 16
+    # The product is exact, so the interpreter, which rounds it, has the same sum.
+    return tl.fma(half, 131072.0, lower.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) >> 16
 
 
 @triton.jit
-def round_bfloat16(high, low, random):
-    """`high + low` by chance to one of the two bfloat16 about it, as int16."""
+def round_bfloat16(high, low, upper, lower):
+    """`high + low` stochastically rounded to bfloat16, as int16; the halves are as from `halves`."""
     words = high.to(tl.int32, bitcast=True)
-    field = _exponent_field(high)
-    outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
-    rounded = (words & 0x7FFFFFFF) + _carry(words, outward, random, 0) + (random >> 16).to(tl.int32)
-    rounded = tl.minimum(rounded, 0x7F7FFFFF) | (words & -0x80000000)
-    special = tl.where(high != high, words | 0x400000, words)
-    return (tl.where(field == 0x7F800000, special, rounded) >> 16).to(tl.int16)
+    inner = words + ((words ^ low.to(tl.int32, bitcast=True)) >> 31)
+    # With its sign, 2 ** (126 - e) for the biased exponent e of `inner`; times 2 ** 23, half the inverse of a last bit.
+    power = ((253 << 23) - (inner & -0x800000)).to(tl.float32, bitcast=True)
+    # Without what it has too much, at least -1; less what the upper half has too much.
+    carry = tl.maximum(_carry(low * 8388608.0 * power, lower) - (_CARRIED + _OFFSET), -1 - _OFFSET)
+    rounded = words + upper + carry
+    return (tl.where(tl.abs(high) < 8.507059173023462e37, rounded, words) >> 16).to(tl.int16)
 
 
 @triton.jit
-def round_float16(high, low, random):
-    """`high + low` by chance to one of the two float16 about it, as int16."""
+def round_float16(high, low, upper, lower):
+    """`high + low` stochastically rounded to float16, as int16; the halves are as from `halves`."""
     words = high.to(tl.int32, bitcast=True)
-    magnitude = words & 0x7FFFFFFF
-    field = _exponent_field(high)
-    outward = (low.to(tl.int32, bitcast=True) ^ (words & -0x80000000)).to(tl.float32, bitcast=True)
-    rounded = magnitude + _carry(words, outward, random, 0x38800000) + (random >> 19).to(tl.int32)
-    rounded = tl.minimum((rounded >> 13) - (112 << 10), 0x7BFF)
-    # Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits; 31 bits in all.
-    fixed = (tl.minimum(magnitude, 0x38800000).to(tl.float32, bitcast=True) * 17592186044416.0).to(tl.int32)
-    rest = tl.minimum(tl.maximum(outward * 17592186044416.0, -1048576.0), 1048576.0).to(tl.int32)
-    fixed = tl.maximum(fixed + rest + (random >> 12).to(tl.int32), 0) >> 20
-    rounded = tl.where(magnitude < 0x38800000, fixed, rounded)
-    special = tl.where(high != high, 0x7E00, 0x7C00)
-    return (tl.where(field == 0x7F800000, special, rounded) | ((words >> 16) & 0x8000)).to(tl.int16)
+    size = tl.abs(high)
+    # Times 2 ** -112, what is subnormal in float16 is subnormal in float32, and the exponents of both are the same.
+    shifted = tl.minimum(size, 65504.0) * 1.925929944387236e-34
+    lost = size - shifted * 5.192296858534828e33
+    outward = (low.to(tl.int32, bitcast=True) ^ (words & _SIGN)).to(tl.float32, bitcast=True) + lost
+    shifted_bits = shifted.to(tl.int32, bitcast=True)
+    inner = (shifted_bits + (outward.to(tl.int32, bitcast=True) >> 31)) & 0x7F800000
+    # Half the inverse of a last bit; subnormal numbers have that of the first exponent.
+    power = ((164 << 23) - tl.maximum(inner, 1 << 23)).to(tl.float32, bitcast=True)
+    rounded = (shifted_bits + _carry(outward * power, lower)) * 8 + upper
+    rounded = tl.minimum(tl.maximum(rounded - (8 * _CARRIED + _OFFSET), 0), 0x7BFF0000)
+    rounded = tl.where(size < float("inf"), rounded, words << 3)
+    return (((rounded & 0x7FFFFFFF) | (words & _SIGN)) >> 16).to(tl.int16)

@@ -107,6 +107,8 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
     kind = 2 * (SOURCES.index(row.source.dtype) + len(SOURCES) * form)
     for start, stop in _segments(row):
         aligned = all((t.data_ptr() + start * t.element_size()) % (VECTOR * t.element_size()) == 0 for t in row.tensors)
+        # Vectors hold whole pairs of neighbours, which share their random bits.
+        aligned = aligned and (row.mode != "stochastic" or (row.first + start) % 2 == 0)
         # A small tensor of an odd size is one chunk, not two.
         whole = stop - start >= BLOCK or (stop - start) % VECTOR == 0
         middle = start + (stop - start) // VECTOR * VECTOR if aligned and whole else start
@@ -117,9 +119,9 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
 
 
 def _segments(row: Row) -> Iterator[tuple[int, int]]:
-    """The row, cut where the upper 32 bits of an element's number change, which the key depends on."""
+    """The row, cut wherever the upper 32 bits of a pair's number change: the key depends on them."""
     start, size = 0, row.source.numel()
     while start < size:
-        stop = min(size, (((row.first + start >> 32) + 1) << 32) - row.first)
+        stop = min(size, (((row.first + start >> 33) + 1) << 33) - row.first)
         yield start, stop
         start = stop

@@ -14,6 +14,7 @@ import triton.language as tl
 from polyak.kernels.gpu.bits import (
     fma,
     from_fractions,
+    halves,
     mix64,
     random_bits,
     round_bfloat16,
@@ -52,6 +53,14 @@ def _lerp(average, source, w, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _moved(average, source, base, factor, INTERPRETED: tl.constexpr):
+    """The new average as `high + low`; see `rounding`. `base` and `factor` depend on the weight."""
+    difference = source - average
+    high = fma(difference, factor, base, INTERPRETED)
+    return high, difference * factor - (high - base)
+
+
+@triton.jit
 def _update(
     record,
     start,
@@ -76,17 +85,21 @@ def _update(
     COMPENSATED: tl.constexpr = FORM == 1
     if STOCHASTIC:
         place = tl.load(record + 2) + start
-        upper = (place >> 32).to(tl.uint64)
-        key = mix64(step ^ tl.load(record + 1).to(tl.uint64) ^ (upper * 0x9E3779B97F4A7C15))
+        pair = place >> 1
+        part = (pair >> 32).to(tl.uint64)
+        key = mix64(step ^ tl.load(record + 1).to(tl.uint64) ^ (part * 0x9E3779B97F4A7C15))
         lower_key = key.to(tl.uint32)
         upper_key = (key >> 32).to(tl.uint32) * 0xC2B2AE35
-        place = place.to(tl.uint32)
+        # A chunk for vectors begins at an even place. The compiler sees that two share one word, and draws once.
+        number = tl.arange(0, BLOCK) if VECTOR > 1 else tl.arange(0, BLOCK) + (place & 1).to(tl.int32)
+        pairs = pair.to(tl.uint32) + (number >> 1).to(tl.uint32)
     begin = 0
     while begin < count:
         here = begin + tl.arange(0, BLOCK)
         source = _load(source_address, start, here, here < count, SOURCE, VECTOR)
         if STOCHASTIC:
-            random = random_bits(place + here.to(tl.uint32), lower_key, upper_key)
+            words = random_bits(pairs + (begin >> 1).to(tl.uint32), lower_key, upper_key)
+            upper, lower = halves(words, (number & 1) == 1)
         for profile in tl.static_range(PROFILES):
             w = tl.load(weights + profile) if SETTLED else weights[profile]
             w = w.to(tl.float32)
@@ -96,10 +109,15 @@ def _update(
             address = tl.load(record + 3 + profile)
             if STOCHASTIC:
                 average = _load(address, start, here, mask, FORM - 1, VECTOR)
-                moved = _lerp(average, source, w, INTERPRETED)
-                high = tl.where(copied, source, moved)
-                low = tl.where(copied, 0.0, (source - average) * w - (moved - average))
-                bits = round_bfloat16(high, low, random) if FORM == 2 else round_float16(high, low, random)
+                if copied:
+                    # A NaN whose upper 16 bits are those of an infinity would become one.
+                    high = tl.where(source == source, source, float("nan"))
+                    low = tl.zeros_like(source)
+                elif w < 0.5:
+                    high, low = _moved(average, source, average, w, INTERPRETED)
+                else:
+                    high, low = _moved(average, source, source, w - 1.0, INTERPRETED)
+                bits = round_bfloat16(high, low, upper, lower) if FORM == 2 else round_float16(high, low, upper, lower)
                 tl.store(pointers(address, start, here, tl.int16, VECTOR), bits, mask=mask)
             else:
                 average = _load(address, start, here, mask, 0, VECTOR)

@@ -14,6 +14,7 @@
  * of each profile, and then the second term of each.
  */
 #include "common.h"
+#include "rounding.h"
 
 #define COLUMNS 4
 
@@ -142,96 +143,59 @@ DEFINE_COMPENSATED(compensated_bfloat16, uint16_t, from_bfloat16)
 
 /* Stochastic. */
 
-INLINE uint64_t mix64(uint64_t z)
-{
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return z ^ (z >> 31);
-}
-
-INLINE uint32_t random_bits(uint32_t place, uint32_t first_half, uint32_t second_half)
-{
-    uint32_t x = place ^ first_half;
-    x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
-    x = ((x ^ (x >> 13)) + second_half) * 0xC2B2AE35u;
-    return x ^ (x >> 16);
-}
-
-INLINE float clamp(float number, float bound)
-{
-    number = number < -bound ? -bound : number;
-    return number > bound ? bound : number;
-}
-
-/* -1, 0 or 1 last bits of float32: the fraction of one that `outward` is, and 16 random bits. Below a power of two a last
- * bit is worth half, unless 16 bits have one worth there (`even` is that power, or 0). */
-INLINE int32_t carry(uint32_t magnitude, float outward, uint32_t random, uint32_t even)
-{
-    const int32_t exponent = (int32_t)(magnitude >> 23);
-    const float scale = float_of((uint32_t)(exponent < 39 ? 0 : 293 - exponent) << 23);
-    const int is_power = (magnitude & 0x7FFFFFu) == 0 && magnitude != even;
-    const float worth = is_power && outward < 0.0f ? outward + outward : outward;
-    return ((int32_t)clamp(worth * scale, 65536.0f) + (int32_t)(random & 0xFFFFu)) >> 16;
-}
-
-INLINE uint16_t round_bfloat16(float high, float low, uint32_t random)
-{
-    const uint32_t bits = bits_of(high), magnitude = bits & 0x7FFFFFFFu, sign = bits & 0x80000000u;
-    const float outward = float_of(bits_of(low) ^ sign);
-    const uint32_t carried = magnitude + (random >> 16) + (uint32_t)carry(magnitude, outward, random, 0);
-    const uint32_t finite = carried < 0x7F7FFFFFu ? carried : 0x7F7FFFFFu;
-    const uint32_t special = magnitude > 0x7F800000u ? magnitude | 0x400000u : magnitude;
-    return (uint16_t)(((magnitude < 0x7F800000u ? finite : special) | sign) >> 16);
-}
-
-INLINE uint16_t round_float16(float high, float low, uint32_t random)
-{
-    const uint32_t bits = bits_of(high), magnitude = bits & 0x7FFFFFFFu, sign = bits & 0x80000000u;
-    const float outward = float_of(bits_of(low) ^ sign);
-    const uint32_t carried = magnitude + (random >> 19) + (uint32_t)carry(magnitude, outward, random, 0x38800000u);
-    const uint32_t shifted = (carried >> 13) - (112u << 10);
-    const uint32_t normal = shifted < 0x7BFFu ? shifted : 0x7BFFu;
-    /* Below 2 ** -14 they are multiples of 2 ** -24: 20 bits of a fraction, and 20 random bits. */
-    const int32_t fixed = (int32_t)(float_of(magnitude < 0x38800000u ? magnitude : 0u) * 0x1p44f) +
-                          (int32_t)clamp(outward * 0x1p44f, 0x1p20f) + (int32_t)(random >> 12);
-    const uint32_t subnormal = (uint32_t)(fixed < 0 ? 0 : fixed) >> 20;
-    const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-    const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    return (uint16_t)((magnitude < 0x7F800000u ? finite : special) | sign >> 16);
-}
-
-#define DEFINE_STOCHASTIC(NAME, SOURCE, LOAD, FROM, ROUND)                                                             \
-    INLINE void NAME##_body(const SOURCE *restrict source, uint16_t *restrict average, int64_t count, uint32_t first,  \
-                            uint64_t key, double weight)                                                               \
+#define DEFINE_STOCHASTIC(NAME, SOURCE, SOURCE_TYPE, AVERAGE)                                                          \
+    INLINE void NAME##_one(const SOURCE_TYPE *source, uint16_t *average, uint64_t place, uint64_t key, float weight,   \
+                           Way way)                                                                                    \
+    {                                                                                                                  \
+        const uint32_t word = random_bits((uint32_t)(place >> 1), key), upper = word >> 16, lower = word & 0xFFFFu;    \
+        const Sum sum = moved(from_##AVERAGE(*average), from_##SOURCE(*source), weight, way);                          \
+        *average = (uint16_t)(round_##AVERAGE(sum, place & 1 ? lower : upper, place & 1 ? upper : lower) >> 16);       \
+    }                                                                                                                  \
+    INLINE void NAME##_way(const SOURCE_TYPE *restrict source, uint16_t *restrict average, int64_t count,              \
+                           uint64_t first, uint64_t key, float weight, Way way)                                        \
+    {                                                                                                                  \
+        const int64_t head = first & 1, num_pairs = (count - head) / 2, tail = head + 2 * num_pairs;                   \
+        const SOURCE_TYPE *sources = source + head;                                                                    \
+        uint16_t *averages = average + head;                                                                           \
+        uint32_t pair = (uint32_t)((first + 1) >> 1);                                                                  \
+        for (int64_t i = 0; i < num_pairs; i++, pair++) {                                                              \
+            const uint32_t word = random_bits(pair, key), upper = word >> 16, lower = word & 0xFFFFu;                  \
+            const Two s = two_##SOURCE(sources + 2 * i), a = two_##AVERAGE(averages + 2 * i);                          \
+            const uint32_t even = round_##AVERAGE(moved(a.even, s.even, weight, way), upper, lower);                   \
+            const uint32_t odd = round_##AVERAGE(moved(a.odd, s.odd, weight, way), lower, upper);                      \
+            const uint32_t both = even >> 16 | (odd & 0xFFFF0000u);                                                    \
+            memcpy(averages + 2 * i, &both, sizeof both);                                                              \
+        }                                                                                                              \
+        if (head)                                                                                                      \
+            NAME##_one(source, average, first, key, weight, way);                                                      \
+        if (tail < count)                                                                                              \
+            NAME##_one(source + tail, average + tail, first + (uint64_t)tail, key, weight, way);                       \
+    }                                                                                                                  \
+    INLINE void NAME##_body(const SOURCE_TYPE *restrict source, uint16_t *restrict average, int64_t count,             \
+                            uint64_t first, uint64_t key, double weight)                                               \
     {                                                                                                                  \
         const float w = (float)weight;                                                                                 \
-        const uint32_t first_half = (uint32_t)key, second_half = (uint32_t)(key >> 32);                                \
-        if (weight == 1.0) {                                                                                           \
-            for (int64_t i = 0; i < count; i++)                                                                        \
-                average[i] = ROUND((float)LOAD(source[i]), 0.0f,                                                       \
-                                   random_bits(first + (uint32_t)i, first_half, second_half));                         \
-            return;                                                                                                    \
-        }                                                                                                              \
-        for (int64_t i = 0; i < count; i++) {                                                                          \
-            const float a = FROM(average[i]), s = (float)LOAD(source[i]);                                              \
-            const float high = lerp(a, s, w), low = (s - a) * w - (high - a);                                          \
-            average[i] = ROUND(high, low, random_bits(first + (uint32_t)i, first_half, second_half));                  \
-        }                                                                                                              \
+        if (weight == 1.0)                                                                                             \
+            NAME##_way(source, average, count, first, key, w, COPY);                                                   \
+        else if (w < 0.5f)                                                                                             \
+            NAME##_way(source, average, count, first, key, w, BELOW_HALF);                                             \
+        else                                                                                                           \
+            NAME##_way(source, average, count, first, key, w, FROM_HALF);                                              \
     }                                                                                                                  \
     VERSIONS(NAME##_loop, NAME##_body,                                                                                 \
-             (const SOURCE *restrict source, uint16_t *restrict average, int64_t count, uint32_t first, uint64_t key,  \
-              double weight),                                                                                          \
+             (const SOURCE_TYPE *restrict source, uint16_t *restrict average, int64_t count, uint64_t first,           \
+              uint64_t key, double weight),                                                                            \
              (source, average, count, first, key, weight))                                                             \
     DEFINE_UPDATE(NAME, 1,                                                                                             \
-                  NAME##_loop(POINTER(const SOURCE, row[0]), POINTER(uint16_t, *average), row[1], (uint32_t)row[2],    \
-                              mix64(step ^ (uint64_t)row[3] ^ ((uint64_t)row[2] >> 32) * 0x9E3779B97F4A7C15u),         \
+                  NAME##_loop(POINTER(const SOURCE_TYPE, row[0]), POINTER(uint16_t, *average), row[1],                 \
+                              (uint64_t)row[2], part_key(step, (uint64_t)row[3], (uint64_t)row[2] >> 1),               \
                               weights[profile]))
 
-DEFINE_STOCHASTIC(stochastic_float32_bfloat16, float, from_float32, from_bfloat16, round_bfloat16)
-DEFINE_STOCHASTIC(stochastic_float64_bfloat16, double, , from_bfloat16, round_bfloat16)
-DEFINE_STOCHASTIC(stochastic_float16_bfloat16, uint16_t, from_float16, from_bfloat16, round_bfloat16)
-DEFINE_STOCHASTIC(stochastic_bfloat16_bfloat16, uint16_t, from_bfloat16, from_bfloat16, round_bfloat16)
-DEFINE_STOCHASTIC(stochastic_float32_float16, float, from_float32, from_float16, round_float16)
-DEFINE_STOCHASTIC(stochastic_float64_float16, double, , from_float16, round_float16)
-DEFINE_STOCHASTIC(stochastic_float16_float16, uint16_t, from_float16, from_float16, round_float16)
-DEFINE_STOCHASTIC(stochastic_bfloat16_float16, uint16_t, from_bfloat16, from_float16, round_float16)
+DEFINE_STOCHASTIC(stochastic_float32_bfloat16, float32, float, bfloat16)
+DEFINE_STOCHASTIC(stochastic_float64_bfloat16, float64, double, bfloat16)
+DEFINE_STOCHASTIC(stochastic_float16_bfloat16, float16, uint16_t, bfloat16)
+DEFINE_STOCHASTIC(stochastic_bfloat16_bfloat16, bfloat16, uint16_t, bfloat16)
+DEFINE_STOCHASTIC(stochastic_float32_float16, float32, float, float16)
+DEFINE_STOCHASTIC(stochastic_float64_float16, float64, double, float16)
+DEFINE_STOCHASTIC(stochastic_float16_float16, float16, uint16_t, float16)
+DEFINE_STOCHASTIC(stochastic_bfloat16_float16, bfloat16, uint16_t, float16)
