@@ -7,12 +7,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from polyak.kernels import Journal, Plan, Row, average_dtype, dead_zone, exchange, native
+from polyak.kernels import Journal, Plan, Row, average_dtype, checksums, dead_zone, exchange, native
 from polyak.kernels import pieces as pieces_room
 from polyak.kernels.checksum import _checksum
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
 from polyak.kernels.native import chunks as chunks_room
-from polyak.kernels.native import compiled
+from polyak.kernels.native import compiled, crew
 from polyak.kernels.pieces import cut, is_dense
 from reference import modes
 
@@ -173,12 +173,24 @@ class TestPlan:
             Plan(self.rows(), kernels=["foreach"])
 
 
-def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(monkeypatch):
-    monkeypatch.setattr(compiled, "EXTENSION_SUFFIXES", [])
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("EXTENSION_SUFFIXES", [], "installed without its C kernel"),
+        pytest.param(
+            "_VERSION",
+            1,
+            "it is of another version",
+            marks=pytest.mark.skipif(native.library() is None, reason="installed without a compiler"),
+        ),
+    ],
+)
+def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(attribute, value, message, monkeypatch):
+    monkeypatch.setattr(compiled, attribute, value)
     native.library.cache_clear()
     row = Row("x", torch.ones(2), (torch.zeros(2),))
     try:
-        with pytest.warns(UserWarning, match=r"installed without its C kernel") as caught:
+        with pytest.warns(UserWarning, match=message) as caught:
             plans = [Plan([row]), Plan([row])]
         assert len(caught) == 1
         assert [group.kernel for plan in plans for group in plan.groups] == ["foreach", "foreach"]
@@ -358,3 +370,26 @@ def test_a_device_takes_the_sum_of_a_tensor_in_few_launches(device, shape, parts
         _checksum(torch.empty(shape, dtype=torch.int8, device=device))
     # The sums of several parts are added up.
     assert sums.count == parts + (parts > 1)
+
+
+@pytest.mark.protects
+@pytest.mark.skipif(native.library() is None, reason="installed without a compiler")
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "sizes",
+    [[1 << 18], [1] * 300 + [1 << 17], [1 << 17] + [1] * 300, [70_001, 1, 16_385, 40_000, 3] * 5],
+    ids=["one", "large last", "large first", "mixed"],
+)
+def test_threads_share_uneven_work_and_leave_nothing_out(sizes, num_threads, monkeypatch):
+    """Each chunk is done once: an exchange that is done twice, and an update, would show."""
+    monkeypatch.setattr(crew.Crew, "size", lambda self, num_elements: num_threads)
+    one, other = [random(torch.float32, size) for size in sizes], [torch.zeros(size) for size in sizes]
+    kept = [tensor.clone() for tensor in one]
+    Journal(exchange(one, other)[0]).run()
+    assert all(map(torch.equal, other, kept))
+    assert not any(tensor.any() for tensor in one)
+    sums = [int(tensor.view(torch.int32).sum(dtype=torch.int64)) for tensor in other]
+    assert checksums(other) == sums
+    rows = [Row("", source, (average,)) for source, average in zip(other, one, strict=True)]
+    Plan(rows, kernels=["native"]).run([0.25])
+    assert all(map(torch.equal, one, [torch.lerp(torch.zeros_like(source), source, 0.25) for source in other]))
