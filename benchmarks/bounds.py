@@ -110,7 +110,7 @@ CPU_BOUNDS = (
     Bound("times as fast as the fastest peer", MIXED, SMALL, faster_than_peers, least=30, beside=Kind.PEER),
     Bound("times as fast as the fastest peer", MIXED, ("vit", "gpt2"), faster_than_peers, least=2, beside=Kind.PEER),
     Bound("of the limit's time", MIXED, LARGE, of_the_limit, most=1.2, beside=Kind.LIMIT),
-    Bound("of its bytes' time", STOCHASTIC, EVERY, of_the_limit, most=2, beside=Kind.LIMIT),
+    Bound("of its bytes' time", STOCHASTIC, LARGE, of_the_limit, most=2, beside=Kind.LIMIT),
     Bound("of plain's time", COMPENSATED, LARGE, compensated, most=1.5),
     Bound("2 profiles: of two averages' time", PROFILES, ("resnet50", "vit"), two_profiles, most=0.9),
     Bound("4 profiles: of four averages' time", PROFILES, ("resnet50", "vit"), four_profiles, most=0.8),

@@ -329,27 +329,34 @@ class TestCrew:
         sizes = [crew.Crew().size(count) for count in (1, 32767, 32768, 65536, 98304, 10**9)]
         assert sizes == [1, 1, 2, 3, 4, 4]
 
-    def test_alone_after_a_wait_and_ever_longer(self, monkeypatch):
+    def alone_after_a_wait(self, found):
+        """How many calls are made alone after one that had to wait."""
+        assert found.size(1 << 20) == 2
+        found.took(8_000_000, 1 << 20)
+        calls = 0
+        while found.size(1 << 20) == 1:
+            calls += 1
+        return calls
+
+    def test_alone_after_a_wait_and_longer_if_the_next_comes_soon(self, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         found, alone = crew.Crew(), []
         for _ in range(9):
-            assert found.size(1 << 20) == 2
-            found.took(8_000_000, 1 << 20)
-            calls = 0
-            while found.size(1 << 20) == 1:
-                calls += 1
-            alone.append(calls)
-            found.took(300_000, 1 << 20)
+            alone.append(self.alone_after_a_wait(found))
+            for _ in range(255):
+                found.took(300_000, 1 << 20)
         assert alone == [16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
-        for _ in range(1024):
-            found.took(300_000, 1 << 20)
-        found.took(8_000_000, 1 << 20)
-        assert [found.size(1 << 20) for _ in range(17)] == [1] * 16 + [2]
+        found.took(300_000, 1 << 20)
+        assert self.alone_after_a_wait(found) == 16
+        assert self.alone_after_a_wait(found) == 32
 
-    def test_large_calls_may_take_their_time(self):
+    def test_large_calls_may_take_their_time(self, monkeypatch):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
         found = crew.Crew()
-        found.took(8_000_000, 1 << 27)
-        assert found.size(1 << 27) == min(torch.get_num_threads(), 1 + (1 << 12))
+        found.took(80_000_000, 1 << 24)
+        assert found.size(1 << 20) == 2
+        found.took(8_000_000, 1 << 20)
+        assert [found.size(count) for count in (1 << 20, 1 << 24)] == [1, 2]
 
 
 @pytest.mark.protects
