@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -115,13 +116,18 @@ def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
         >>> list(overlapping([whole[:, :3], whole[:, 3:], whole[2:], torch.ones(2)]))
         [(0, 2), (1, 2)]
     """
-    plain = [position for position, tensor in enumerate(tensors) if tensor.numel() > 0 and is_plain(tensor)]
+    devices: dict[torch.device, int] = {}
+    spans = sorted(
+        (devices.setdefault(tensor.device, len(devices)), *span(tensor), position)
+        for position, tensor in enumerate(tensors)
+        if tensor.numel() > 0 and is_plain(tensor)
+    )
+    if all(one[0] != other[0] or one[2] <= other[1] for one, other in pairwise(spans)):
+        return
     # In the order of their beginnings; those that reach beyond the beginning of the next are still open.
     opened: list[tuple[int, int, int]] = []
     found: list[tuple[int, int]] = []
-    devices: dict[torch.device, int] = {}
-    numbers = {position: devices.setdefault(tensors[position].device, len(devices)) for position in plain}
-    for device, start, end, position in sorted((numbers[p], *span(tensors[p]), p) for p in plain):
+    for device, start, end, position in spans:
         opened = [each for each in opened if each[0] == device and each[1] > start]
         found += [
             (min(position, other), max(position, other))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -89,7 +90,10 @@ class Look:
         # Addresses stay valid as long as these live.
         self._held: list[object] = [holders, items, list(plain.values()), way]
         self._holders = (_Holder * len(rows))(*rows)
-        self._seen = (_Seen * len(items))(*(_seen(key, value, plain.get(id(value))) for key, value in items))
+        words = array("Q")
+        for key, value in items:
+            words.extend(_seen(key, value, plain.get(id(value))))
+        self._seen = (_Seen * len(items)).from_buffer(words) if items else (_Seen * 0)()
         self._look = _Look(
             ctypes.addressof(way.api),
             ctypes.addressof(self._holders), len(rows), ctypes.addressof(self._seen), len(items), 1,
@@ -127,7 +131,7 @@ def _rows(holders: Iterable[dict[str, Any]]) -> Iterator[tuple[int, ...]]:
 
 def _seen(key: str, value: object, plain: Tensor | None) -> tuple[int, ...]:
     if plain is None:
-        return id(key), id(value)
+        return id(key), id(value), 0, 0, 0, 0, 0
     return id(key), id(value), id(plain), 0, 0, plain._cdata, plain.untyped_storage()._cdata
 
 

@@ -25,14 +25,13 @@ _AVERAGES = {
 
 def is_supported(row: Row) -> bool:
     """Whether the C kernel can do this row."""
-    source, *others = row.tensors
-    strides = source.stride()
-    return (
-        source.dtype in _FLOATS
-        and row.averages[0].dtype in _AVERAGES[row.mode]
-        and all(second.dtype == fractions.DTYPE for second in row.seconds)
-        and all(t.is_cpu and is_dense(t) and not t.is_neg() for t in row.tensors)
-        and (len(strides) <= 1 or all(tensor.stride() == strides for tensor in others))
+    source, strides = row.source, row.source.stride()
+    if source.dtype not in _FLOATS or row.averages[0].dtype not in _AVERAGES[row.mode]:
+        return False
+    # Vectors that are dense lie alike.
+    return all(second.dtype == fractions.DTYPE for second in row.seconds) and all(
+        t.is_cpu and is_dense(t) and not t.is_neg() and (len(strides) <= 1 or t.stride() == strides)
+        for t in row.tensors
     )
 
 
