@@ -176,7 +176,7 @@ class TestPlan:
 @pytest.mark.parametrize(
     ("attribute", "value", "message"),
     [
-        ("EXTENSION_SUFFIXES", [], "installed without its C kernel"),
+        ("EXTENSION_SUFFIXES", [], "polyak has no C kernel here"),
         pytest.param(
             "_VERSION",
             1,

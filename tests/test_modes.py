@@ -171,7 +171,8 @@ class TestCompensated:
     def test_another_mode_does_not_go_on(self, one):
         average, other = (polyak.WeightAverage(zoo.mlp(), compensated=mode) for mode in (one, not one))
         average.update()
-        with pytest.raises(polyak.StateError, match=rf"compensated was {one or None} and is {None if one else True}"):
+        message = "compensated was True and is not set" if one else "compensated was not set and is True"
+        with pytest.raises(polyak.StateError, match=message):
             other.load_state_dict(average.state_dict())
 
 

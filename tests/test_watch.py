@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     """Every test of this file runs with the look in C and with that in Python."""
     if request.param == "python":
         monkeypatch.setenv("POLYAK_WATCH", "python")
-    assert Watch(zoo.mlp()).is_in_c == (request.param == "c")
+    assert Watch(zoo.mlp()).note == ("" if request.param == "c" else "POLYAK_WATCH=python asks for it")
     return request.param
 
 
@@ -288,37 +288,40 @@ class TestWhereItCannotBeMade:
     def check(self, reason):
         average = polyak.WeightAverage(model := zoo.mlp(), polyak.Exponential(0.5))
         average.update()
-        assert not average._core.source._watch.is_in_c
-        assert not can_look()
         model[0].weight.data = torch.zeros(5, 6)
         average.update()
-        assert reason in str(average.report())
+        report = average.report()
+        assert reason in report.watch_note
+        assert f"the check of every update is made in Python: {report.watch_note}" in str(report)
 
-    def test_python_without_its_lock(self, monkeypatch):
+    @pytest.fixture
+    def not_asked_for(self, monkeypatch):
+        monkeypatch.delenv("POLYAK_WATCH", raising=False)
+
+    def test_python_without_its_lock(self, monkeypatch, not_asked_for):
         monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
-        self.check("the check of every update is made in Python")
+        self.check("it cannot ask this Python and torch")
 
-    def test_a_torch_that_keeps_its_tensors_elsewhere(self, monkeypatch):
+    def test_a_torch_that_keeps_its_tensors_elsewhere(self, monkeypatch, not_asked_for):
         monkeypatch.setattr(look, "_words", lambda value, count: [0] * count)
-        self.check("the check of every update is made in Python")
+        self.check("it cannot ask this Python and torch")
 
-    def test_a_torch_without_its_functions(self, monkeypatch):
+    def test_a_torch_without_its_functions(self, monkeypatch, not_asked_for):
         monkeypatch.setattr(look, "_TORCH", ("data_ptr", "dim", "sizes", "strides", "no_such_thing"))
-        self.check("the check of every update is made in Python")
+        self.check("it cannot ask this Python and torch")
 
-    def test_a_change_that_goes_unseen(self, monkeypatch):
+    def test_a_change_that_goes_unseen(self, monkeypatch, not_asked_for):
         monkeypatch.setattr(look, "_CHANGES", (*look._CHANGES, lambda *_: None))
-        self.check("the check of every update is made in Python")
+        self.check("it cannot ask this Python and torch")
 
-    def test_kernels_without_the_one_in_c(self, monkeypatch):
+    def test_kernels_without_the_one_in_c(self, monkeypatch, not_asked_for):
         monkeypatch.setenv("POLYAK_KERNELS", "foreach,staged")
-        self.check("the check of every update is made in Python")
+        self.check("POLYAK_KERNELS leaves out native")
 
-
-def test_a_report_says_which_look_is_made(way):
-    report = polyak.WeightAverage(zoo.mlp()).report()
-    assert report.is_watched_in_c == (way == "c")
-    assert ("the check of every update is made in Python" in str(report)) == (way == "python")
+    def test_one_that_is_not_known(self, monkeypatch):
+        monkeypatch.setenv("POLYAK_WATCH", "c++")
+        with pytest.raises(ValueError, match=r"POLYAK_WATCH='c\+\+': it is 'python', or not set"):
+            polyak.WeightAverage(zoo.mlp())
 
 
 class TestCrew:

@@ -83,8 +83,8 @@ class Report:
         averages: what is to be said of each average.
         entries: what is done to each tensor.
         num_staging_bytes: the host memory beside the averages through which a worker updates them there.
-        is_watched_in_c: whether each update checks in C that the model's tensors are the same; Python takes several
-            times as long for it, and sees less.
+        watch_note: why each update checks in Python that the model's tensors are the same, which takes several times as
+            long and sees less; empty if the check is made in C.
     """
 
     num_calls: int
@@ -95,7 +95,7 @@ class Report:
     averages: tuple[AverageReport, ...]
     entries: tuple[EntryReport, ...]
     num_staging_bytes: int = 0
-    is_watched_in_c: bool = True
+    watch_note: str = ""
 
     @property
     def num_bytes(self) -> int:
@@ -113,8 +113,8 @@ class Report:
         head = f"{self.num_updates} updates{skipped} in {self.num_calls} calls, time {self.time:g}, "
         head += f"{self.num_bytes:,} bytes"
         head += f" and {self.num_staging_bytes:,} of staging memory on the host" if self.num_staging_bytes else ""
-        if not self.is_watched_in_c:
-            head += "\nthe check of every update is made in Python: there is no C library here, or it cannot be used"
+        if self.watch_note:
+            head += f"\nthe check of every update is made in Python: {self.watch_note}"
         if not self.source_moved and self.num_updates:
             head += "\nthe model has not changed since the average was made: is it trained?"
         if self.stuck:
@@ -197,7 +197,7 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
         averages=tuple(averages),
         entries=tuple(entries),
         num_staging_bytes=core.store.num_staging_bytes,
-        is_watched_in_c=core.source.is_watched_in_c,
+        watch_note=core.source.watch_note,
     )
 
 

@@ -93,9 +93,9 @@ class Source:
         return self._watch is not None and self._watch.is_current()
 
     @property
-    def is_watched_in_c(self) -> bool:
-        """Whether `is_current` is a look in C, which sees more than that in Python."""
-        return self._watch is not None and self._watch.is_in_c
+    def watch_note(self) -> str:
+        """Why `is_current` is a look in Python, which sees less than that in C; empty if it is made in C."""
+        return "" if self._watch is None else self._watch.note
 
     def _is_unchanged(self) -> bool:
         """Whether a walk through the model would certainly find what is known."""

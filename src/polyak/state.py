@@ -199,7 +199,8 @@ def _dictionary(value: object) -> dict[str, Tensor]:
 
 def _explain(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     keys = [key for key in {**here, **saved} if saved.get(key) != here.get(key)]
-    return "; ".join(f"{key} was {saved.get(key)!r} and is {here.get(key)!r}" for key in keys)
+    was, now = ({key: repr(each[key]) if key in each else "not set" for key in keys} for each in (saved, here))
+    return "; ".join(f"{key} was {was[key]} and is {now[key]}" for key in keys)
 
 
 def _match(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyak.kernels import Look, can_look, is_plain
+from polyak.kernels import Look, allowed_kernels, can_look, is_plain
 from polyak.shards import is_sharded, local
 
 _IS_SOMETHING = partial(is_not, None)
@@ -27,21 +27,26 @@ class Watch:
     addresses of tensors and the identity of everything else, which takes several times as long. It does not see
     another shape or other strides at the same address, as of `parameter.data = parameter.data.t()`, another tensor
     object in the same memory, or other names: those are left to the thorough check.
+
+    Attributes:
+        note: why the look is made in Python; empty if it is made in C.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._inner = modules[1:]
         self._dictionaries = _dictionaries([model, *self._inner])
-        self._parts: Look | _Comparison = _look(self._holders()) or _Comparison(modules)
+        self.note = _why_in_python()
+        self._parts: Look | _Comparison = _Comparison(modules) if self.note else self._look(modules)
 
-    def _holders(self) -> list[dict[str, Any]]:
-        return list(chain.from_iterable(self._dictionaries))
-
-    @property
-    def is_in_c(self) -> bool:
-        """Whether the look is made in C, which sees everything; Python's does not."""
-        return isinstance(self._parts, Look)
+    def _look(self, modules: Sequence[nn.Module]) -> Look | _Comparison:
+        holders = list(chain.from_iterable(self._dictionaries))
+        tensors = [value for value in _values(holders) if isinstance(value, Tensor)]
+        try:
+            return Look(holders, {id(tensor): local(tensor) for tensor in tensors if is_plain(local(tensor))})
+        except ValueError as error:
+            self.note = str(error)
+            return _Comparison(modules)
 
     def is_current(self) -> bool:
         """Whether nothing was added, removed or replaced."""
@@ -55,7 +60,7 @@ class Watch:
         Args:
             model: the one that this was made for.
         """
-        if not (self.is_in_c and self.is_current()):
+        if self.note or not self.is_current():
             return False
         found = chain.from_iterable(_dictionaries([model, *self._inner]))
         return all(map(is_, found, chain.from_iterable(self._dictionaries)))
@@ -65,14 +70,15 @@ def _dictionaries(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], ..
     return [_DICTIONARIES(vars(module)) for module in modules]
 
 
-def _look(holders: Sequence[dict[str, Any]]) -> Look | None:
-    if os.environ.get("POLYAK_WATCH") == "python" or not can_look():
-        return None
-    tensors = [value for value in _values(holders) if isinstance(value, Tensor)]
-    try:
-        return Look(holders, {id(tensor): local(tensor) for tensor in tensors if is_plain(local(tensor))})
-    except ValueError:
-        return None
+def _why_in_python() -> str:
+    asked = os.environ.get("POLYAK_WATCH", "")
+    if asked not in ("", "python"):
+        raise ValueError(f"POLYAK_WATCH={asked!r}: it is 'python', or not set")
+    if asked:
+        return "POLYAK_WATCH=python asks for it"
+    if "native" not in allowed_kernels():
+        return "POLYAK_KERNELS leaves out native"
+    return "" if can_look() else "there is no C library, or it cannot ask this Python and torch"
 
 
 class _Comparison:

@@ -2,6 +2,7 @@
 
 from .checksum import Checksums as Checksums
 from .checksum import checksums as checksums
+from .choice import allowed_kernels as allowed_kernels
 from .copies import Copies as Copies
 from .eager import copy_ as copy_
 from .finite import FiniteTest as FiniteTest

@@ -36,8 +36,8 @@ def library() -> ctypes.CDLL | None:
             )
             return None
     warnings.warn(
-        "polyak was installed without its C kernel, because there was no compiler for it; torch's own operations do "
-        "the same, more slowly",
+        "polyak has no C kernel here: it was installed without a working compiler, or is a checkout that is not "
+        "installed. torch's own operations do the same, more slowly",
         stacklevel=outside(),
     )
     return None
