@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,12 +28,22 @@ def installed(package: str) -> str:
         return "not installed"
 
 
+def commit() -> str:
+    """That of this checkout, with "-dirty" if files were changed since."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
 def describe(device: str = "cpu") -> dict[str, str]:
     about = {
         "processor": processor(),
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "vectors": torch.backends.cpu.get_cpu_capability(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -10,6 +10,7 @@ from benchmarks.records import markdown, write_files
 from benchmarks.table import Table, digits, mark
 
 TITLE = "What averages cost on a GPU"
+TRIAL = "A trial of the GPU run on a CPU"
 PASSED, FAILED, TIMED_OUT = "passed", "failed", "timed out"
 NOT_STARTED, INTERRUPTED = "not started", "interrupted"
 MOST_FAILURES = 25  # that are shown of one part
@@ -137,7 +138,12 @@ class Record:
         about = dict(self.machine)
         if self.missing:
             about["not installed"] = ", ".join(self.missing)
-        paths = write_files(self.stem, self.record(), markdown(about, self.all_tables(), title=TITLE), folder)
+        paths = write_files(
+            self.stem,
+            self.record(),
+            markdown(about, self.all_tables(), title=TITLE if "gpu" in self.machine else TRIAL),
+            folder,
+        )
         for path in {*folder.glob("gpu-unknown.*")} - {*paths}:
             path.unlink()
         return paths
