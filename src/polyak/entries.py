@@ -41,7 +41,7 @@ _INSIDE_OF = {"_FabricModule": "_forward_module"}
 
 
 # Sites and entries are named tuples because a model has thousands, and a frozen dataclass takes five times as long to
-# make. Each is equal to itself alone: tensors cannot be compared.
+# create. They are compared by identity, because tensors cannot be compared by value.
 class Site(NamedTuple):
     """One place in a model that holds a tensor: `holder[key]`, a module's own dictionary."""
 

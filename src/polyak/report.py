@@ -83,8 +83,8 @@ class Report:
         averages: what is to be said of each average.
         entries: what is done to each tensor.
         num_staging_bytes: the host memory beside the averages through which a worker updates them there.
-        is_watched_in_c: whether each update checks in C that the model's tensors are the same; Python takes several
-            times as long for it, and sees less.
+        is_watched_in_c: whether each update checks in C that the model is still the same; the check in Python takes
+            several times as long and detects less.
     """
 
     num_calls: int
@@ -114,7 +114,7 @@ class Report:
         head += f"{self.num_bytes:,} bytes"
         head += f" and {self.num_staging_bytes:,} of staging memory on the host" if self.num_staging_bytes else ""
         if not self.is_watched_in_c:
-            head += "\nthe check of every update is made in Python: there is no C library here, or it cannot be used"
+            head += "\nthe check of every update is made in Python: the one in C is missing, unusable or turned off"
         if not self.source_moved and self.num_updates:
             head += "\nthe model has not changed since the average was made: is it trained?"
         if self.stuck:

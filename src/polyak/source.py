@@ -85,7 +85,7 @@ class Source:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A watch holds addresses; a copy of the model lies elsewhere, and is walked again when it is next looked at.
+        # A watch holds addresses, which are others in a copy; the copy is walked again at its next check.
         return {**vars(self), "_watch": None}
 
     def is_current(self) -> bool:
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def is_watched_in_c(self) -> bool:
-        """Whether `is_current` is a look in C, which sees more than that in Python."""
+        """Whether `is_current` checks in C, which detects more than the check in Python."""
         return self._watch is not None and self._watch.is_in_c
 
     def _is_unchanged(self) -> bool:

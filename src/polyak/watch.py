@@ -22,10 +22,10 @@ _DICTIONARIES = itemgetter("_parameters", "_buffers", "_modules")
 class Watch:
     """Tells whether a model still consists of the same modules and tensors. It reads no tensor's values.
 
-    It holds the model's parts, but not the model itself. A look in C compares all names, objects, addresses, dtypes,
-    shapes and strides. Without the C library, or with POLYAK_WATCH=python in the environment, Python compares the
-    addresses of tensors and the identity of everything else, which takes several times as long. It does not see
-    another shape or other strides at the same address, as of `parameter.data = parameter.data.t()`, another tensor
+    It holds the model's parts, but not the model itself. The check in C compares all names, objects, addresses, dtypes,
+    shapes and strides. If C cannot be used, or with POLYAK_WATCH=python in the environment, Python compares the
+    addresses of tensors and the identity of everything else, which takes several times as long. It does not detect
+    another shape or other strides at the same address, as after `parameter.data = parameter.data.t()`, another tensor
     object in the same memory, or other names: those are left to the thorough check.
     """
 
@@ -40,7 +40,7 @@ class Watch:
 
     @property
     def is_in_c(self) -> bool:
-        """Whether the look is made in C, which sees everything; Python's does not."""
+        """Whether the check is made in C."""
         return isinstance(self._parts, Look)
 
     def is_current(self) -> bool:
@@ -50,7 +50,7 @@ class Watch:
     def is_unchanged(self, model: nn.Module) -> bool:
         """Whether a walk through the model would certainly find what it found when this was made.
 
-        Beyond `is_current`, the modules' own dictionaries must be the same objects. False if the look is Python's.
+        Beyond `is_current`, the modules' own dictionaries must be the same objects. False for the check in Python.
 
         Args:
             model: the one that this was made for.
@@ -76,7 +76,7 @@ def _look(holders: Sequence[dict[str, Any]]) -> Look | None:
 
 
 class _Comparison:
-    """The same in Python, as far as it is fast: addresses of tensors, and the identity of everything else."""
+    """The check in Python: addresses of tensors, and the identity of everything else."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._children = [module._modules for module in modules if module._modules]

@@ -69,12 +69,12 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same memory in tensors that share version counters, so that one call says that all of them have changed.
+    """Tensors over the same memory that share version counters, so that one call marks all of them as changed.
 
-    A graph that needs one of them as it was notices that any of them has changed.
+    An autograd graph that needs one of them unchanged raises when any of them was changed.
 
     Returns:
-        For each tensor another one; and one tensor for each counter, for `torch.autograd.graph.increment_version`.
+        A tensor for each given one; and one tensor for each counter, for `torch.autograd.graph.increment_version`.
 
     Example:
         >>> (one, other), counters = counted_together([torch.zeros(2), torch.ones(3)])
@@ -88,7 +88,7 @@ def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tens
         kind = tensor.dtype, tensor.device
         if kind not in counters:
             counters[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        # A tensor made of another one shares its counter, also after `set_` has given it other memory.
+        # `_make_subclass` shares the version counter, also after `set_` has replaced the memory.
         made.append(cast("Any", torch.Tensor._make_subclass(Tensor, counters[kind])).set_(tensor))
     return made, list(counters.values())
 
@@ -100,7 +100,7 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _reach(tensor: Tensor) -> int:
-    """How many elements the last one is from the first."""
+    """The distance in memory from the first element to the last, in elements."""
     if tensor.is_contiguous():
         return tensor.numel() - 1
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -88,10 +88,10 @@ class LocalStore:
         self.begin()
 
     def lend(self) -> None:
-        """Lets modules hold the averages themselves: graphs that need them as they were notice each update.
+        """Lets modules hold the averages themselves: autograd graphs over them will notice each update.
 
-        The averages of parameters get version counters in common, so that this costs an update no time. Buffers keep
-        their own, for a module in training mode writes to them while a graph holds its parameters.
+        The averages of parameters share version counters, so that an update hardly takes longer. Buffers keep their
+        own, because a module in training mode writes to them while a graph holds its parameters.
         """
         self.lent = True
         if self._counters:
@@ -106,7 +106,7 @@ class LocalStore:
         self._written = self._list_written()
 
     def _list_written(self) -> list[Tensor]:
-        """What to count a change of, for all that an update writes to."""
+        """The tensors whose version counters an update increments."""
         counted = self._parameters if self._counters else set[str]()
         averages = [t for averages in self.averages.values() for name, t in averages.items() if name not in counted]
         return [*self._counters, *averages, *self.copies.values()]
@@ -349,10 +349,10 @@ class LocalStore:
         """
         assert self.swap is None
         self.settle()
-        kept = profile, aside, frozenset(buffers)
-        if kept in self._swaps:
-            self._swaps[kept].begin_again()
-            return self._swaps[kept]
+        key = profile, aside, frozenset(buffers)
+        if key in self._swaps:
+            self._swaps[key].begin_again()
+            return self._swaps[key]
         averages = {**self.averages[profile], **self.copies}
         pairs = {name: (self._sources[name], averages[name]) for name in averages}
         with torch.inference_mode(False):
@@ -361,7 +361,7 @@ class LocalStore:
             room = {} if self._host is None else self._host.room
             swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
         if swap.is_light:
-            self._swaps[kept] = swap
+            self._swaps[key] = swap
         return swap
 
     def swap_in(self, swap: Swap) -> None:

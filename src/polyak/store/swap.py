@@ -45,7 +45,7 @@ class Swap:
     with `aside`, the source's values are kept in `room` or new memory, and the average stays in the store as it is.
 
     Attributes:
-        is_light: whether it can be kept for the next swap at no cost.
+        is_light: whether keeping it for the next swap costs no memory.
 
     Args:
         pairs: source and average by name.
@@ -103,7 +103,7 @@ class Swap:
         return {name: source for name, source in sources.items() if name not in self._buffers}
 
     def begin_again(self) -> None:
-        """Makes it a new swap of the same pairs, after it was left."""
+        """Allows another swap of the same pairs, after this one was left."""
         self._in.begin_again()
         self._out.begin_again()
         self._sums, self._changed = None, []

@@ -46,7 +46,7 @@ class Chunks:
 
 
 def integers(values: Iterable[int]) -> Tensor:
-    """Numbers as int64, on the CPU; a list would take `torch.tensor` several times as long.
+    """A tensor of int64 on the CPU, made several times as fast as by `torch.tensor` from a list.
 
     Example:
         >>> integers([1, 2])

@@ -6,23 +6,23 @@ import os
 
 import torch
 
-# A thread more for each of these: waking one costs about as much as that many elements.
+# Elements for each further thread: waking a thread costs about as much as updating that many.
 ELEMENTS_PER_THREAD = 1 << 15
-# A call that takes longer than this was not at work, but waited: milliseconds are what a scheduler gives to others, and
-# memory is nowhere so slow.
+# A call that takes longer than this has waited for a descheduled thread: memory is not as slow, and a scheduler gives
+# other processes milliseconds at a time.
 _PATIENCE_NANOSECONDS = 500_000
 _NANOSECONDS_PER_ELEMENT = 1
 _FEWEST_ALONE, _MOST_ALONE = 16, 1024
 
 
 class Crew:
-    """As many threads as torch has, fewer for little work, and for a while one alone after others were waited for.
+    """Torch's number of threads; fewer for little work, and only one for a while after a call had to wait.
 
-    With more processes than cores, a thread that was put aside keeps the end of a parallel call waiting for
-    milliseconds, however little there was to do. Large calls have to live with that; small ones are faster alone.
-    The number of calls that are made alone doubles each time that others are waited for again.
+    With more busy processes than cores, a descheduled thread delays the end of a parallel call by milliseconds,
+    however little there was to do. Large calls have to live with that; small ones are faster on one thread. The number
+    of calls on one thread doubles each time that a call has waited again.
 
-    A forked process has one thread: those of its parent are gone, and the OpenMP runtime would wait for them forever.
+    A forked process gets one thread: it has none of its parent's, and the OpenMP runtime would wait for them forever.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Crew:
         self._in_time = 0
 
     def size(self, num_elements: int) -> int:
-        """The threads for a call over so many elements."""
+        """The number of threads for a call over `num_elements`."""
         if num_elements < ELEMENTS_PER_THREAD or self._is_forked:
             return 1
         if self._alone:
@@ -41,7 +41,7 @@ class Crew:
         return min(torch.get_num_threads(), 1 + num_elements // ELEMENTS_PER_THREAD)
 
     def took(self, nanoseconds: int, num_elements: int) -> None:
-        """Notes how long a call took that had more than one thread."""
+        """Notes the time of a call that had more than one thread."""
         if nanoseconds > _PATIENCE_NANOSECONDS + _NANOSECONDS_PER_ELEMENT * num_elements:
             self._alone, self._in_time = self._next_alone, 0
             self._next_alone = min(2 * self._next_alone, _MOST_ALONE)
@@ -51,7 +51,7 @@ class Crew:
                 self._next_alone = _FEWEST_ALONE
 
     def note_fork(self) -> None:
-        """Notes that this process is a forked one."""
+        """Notes that this process was forked."""
         self._is_forked = True
 
 

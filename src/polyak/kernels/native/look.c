@@ -4,7 +4,7 @@
  * Python is asked through functions of its stable ABI, and torch through those that it keeps for compiled models
  * (torch/csrc/inductor/aoti_torch/c/shim.h: "you MUST MAINTAIN ABI compatibility"). All come in as pointers, so that
  * this file is linked against neither. torch's functions take the address of a C++ tensor, which is a part of the
- * Python object: the caller finds out where in it, and tries whether changes are seen.
+ * Python object: the caller finds its offset, and tries whether changes are detected.
  *
  * The caller has Python's lock, and holds every dictionary and object of a table. Only an object that is the one in the
  * table is looked into.
@@ -29,8 +29,8 @@ typedef struct {
     PyObject *local_tensor; /* the name of the attribute that holds the local part of a DTensor */
 } Api;
 
-/* Some entries of a dictionary, from a position on, as many as one thread takes at once; and where it keeps them, which
- * is only fetched ahead, whatever is there. */
+/* Entries of a dictionary from a position on, as many as one thread takes at once. `entries` is where the dictionary
+ * keeps them; it is only prefetched, so it may be wrong. */
 typedef struct {
     PyObject *dictionary;
     int64_t size, count, first; /* of the dictionary; of these entries; the number of the first of them in all */
@@ -38,8 +38,8 @@ typedef struct {
     const char *entries;
 } Holder;
 
-/* One entry of a dictionary. Of a tensor also: the plain tensor that it is or has here, where that lies and how; and two
- * addresses inside of torch, which are only fetched ahead. */
+/* One entry of a dictionary. For a tensor also: `plain`, itself or the local part of a DTensor, with its address and the
+ * digest of its dtype, shape and strides; and two addresses inside of torch, which are only prefetched. */
 typedef struct {
     PyObject *key, *object, *plain;
     uint64_t place, layout;
@@ -73,7 +73,7 @@ INLINE uint64_t mixed(uint64_t sum, uint64_t number)
     return sum ^ (sum >> 32);
 }
 
-/* Not 0 where torch cannot say. */
+/* Returns 0 if torch could tell. */
 INLINE int32_t find(const Api *api, PyObject *plain, uint64_t *place, uint64_t *layout)
 {
     void *tensor = (char *)plain + api->offset, *address = 0;
@@ -91,8 +91,8 @@ INLINE int32_t find(const Api *api, PyObject *plain, uint64_t *place, uint64_t *
     return 0;
 }
 
-/* Notes where tensors lie now, and how, and where stretches of a dictionary begin. The number of the first tensor that
- * torch cannot tell of, or -1. */
+/* Notes the address and layout of each tensor, and where stretches of dictionaries begin. Returns -1, or the number of
+ * the first tensor that torch cannot tell the address of. */
 EXPORT int64_t polyak_begin_look(const Look *look)
 {
     const Api *api = look->api;
@@ -156,8 +156,8 @@ static int is_same(const Look *look, const Holder *holder)
     return 1;
 }
 
-/* 1 if everything is as it was, else 0. Several threads may look, for the one that has Python's lock waits for them, and
- * none changes a Python object; with DTensors, whose attributes are asked for, only one may. */
+/* Returns 1 if everything is as it was, else 0. Several threads may look, because the one that has Python's lock waits
+ * for them and none changes a Python object. With DTensors, whose attributes are read, only one may. */
 EXPORT int polyak_look(Look *look)
 {
     const int num_threads = (int)look->num_threads;

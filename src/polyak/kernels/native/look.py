@@ -1,8 +1,8 @@
-"""A look, in C, at whether dictionaries hold what they held, and tensors lie where and as they lay.
+"""A check in C that dictionaries still hold the same objects, and tensors the same memory, dtypes and layouts.
 
-All but one of the facts that it relies on are promised by Python's stable ABI and by torch's C shim. The other is how
-many bytes into a tensor's Python object the C++ tensor is. That is found when the first look is made, and proven by
-trial: tensors are changed in every way that matters, and each change must be seen. Where that fails, there is no look.
+It relies on Python's stable ABI, on torch's C shim, and on one fact that neither promises: the offset of the C++ tensor
+in a tensor's Python object. The offset is found before the first check and then tested: tensors are changed in every
+way that matters, and each change must be detected. If one is not, `can_look` is False.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from polyak.kernels.native.crew import CREW, ELEMENTS_PER_THREAD
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _PYTHON = ("PyDict_Size", "PyDict_Next", "PyObject_GetAttr", "Py_DecRef", "PyErr_Clear")
 _TORCH = ("data_ptr", "dim", "sizes", "strides", "dtype")
-# Entries of a dictionary that one thread takes at once, and what an entry costs beside an element of an update.
+# Entries of a dictionary that one thread takes at once; and what an entry costs, in elements of an update.
 _STRETCH = 64
 _ELEMENTS_PER_ENTRY = 64
-# It is held here, for C is given its address.
+# Kept alive here, because C is given its address.
 _LOCAL_TENSOR = sys.intern("_local_tensor")
 
 
@@ -60,7 +60,7 @@ class _Look(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Way:
-    """How Python and torch are asked, and the functions that begin a look and make it."""
+    """The functions of Python and torch that C calls, and the C functions that prepare a look and make it."""
 
     api: _Api
     begin: Callable[[int], int]
@@ -68,15 +68,16 @@ class _Way:
 
 
 class Look:
-    """Dictionaries and what they hold now, to tell later whether it is the same.
+    """What dictionaries hold now, to tell later whether it is still the same.
 
     Args:
         holders: the dictionaries.
-        plain: for each tensor in them whose memory matters, by `id`, the plain tensor that it is, or has here.
+        plain: for each tensor in them whose memory matters, by its `id`: the tensor itself, or the local part of a
+            DTensor.
         way: how to look; default: the one that `can_look` has found to work.
 
     Raises:
-        ValueError: torch cannot tell where a tensor lies.
+        ValueError: torch cannot tell the address of a tensor.
     """
 
     def __init__(
@@ -96,14 +97,14 @@ class Look:
         )  # fmt: skip
         self._address = ctypes.addressof(self._look)
         self._call = way.look
-        # Only the thread that has Python's lock may ask for an attribute, as of a DTensor.
+        # Only the thread that has Python's lock may read attributes, so models with DTensors get one thread.
         is_plain = all(id(tensor) == whole for whole, tensor in plain.items())
         self._num_elements = _ELEMENTS_PER_ENTRY * len(items) if is_plain else 0
         if way.begin(self._address) != -1:
-            raise ValueError("torch does not tell where a tensor lies")
+            raise ValueError("torch cannot tell the address of a tensor")
 
     def is_same(self) -> bool:
-        """Whether dictionaries hold the same objects under the same keys, and tensors lie where and as they did."""
+        """Whether all keys, objects, addresses, dtypes, shapes and strides are the same."""
         if self._num_elements < ELEMENTS_PER_THREAD:
             return self._call(self._address) == 1
         threads = self._look.num_threads = CREW.size(self._num_elements)
@@ -117,7 +118,7 @@ def _rows(holders: Iterable[dict[str, Any]]) -> Iterator[tuple[int, ...]]:
     """Each dictionary, in stretches that threads can share."""
     first = 0
     for holder in holders:
-        # The fifth word of a dictionary is where it keeps its entries: a guess, by which memory is fetched ahead.
+        # The fifth word of a dictionary is where it keeps its entries. Only prefetched: a wrong guess is harmless.
         entries = _words(holder, 5)[4]
         for start in range(0, max(len(holder), 1), _STRETCH):
             count = min(len(holder) - start, _STRETCH)
@@ -142,7 +143,7 @@ def can_look() -> bool:
 
 @functools.cache
 def _tried_way() -> _Way | None:
-    """How to look; None if this Python or this torch cannot be asked so, or a change goes unseen."""
+    """The way to look; None if this Python or torch does not allow it, or if a trial change is not detected."""
     compiled = library()
     has_lock = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
     if compiled is None or not has_lock or ctypes.sizeof(_POINTER) != 8:
@@ -172,7 +173,7 @@ def _find_way(compiled: ctypes.CDLL) -> _Way:
 
 
 def _offset(tensor: Tensor) -> int:
-    """How many bytes into a tensor's Python object its C++ tensor is: the address that `_cdata` gives."""
+    """The offset in bytes of the C++ tensor, a pointer whose value is `_cdata`, in a tensor's Python object."""
     return 8 * _words(tensor, type(tensor).__basicsize__ // 8).index(tensor._cdata)
 
 
@@ -208,7 +209,7 @@ def _rename(holder: dict[str, Any], tensor: Tensor, _: Tensor) -> None:
     holder.update(other=tensor, two=None)
 
 
-# Memory, layout, dtype or the very substance of a tensor is exchanged under its Python object, or a dictionary changes.
+# Each replaces the memory, layout, dtype or C++ object of a tensor, or changes a dictionary.
 _CHANGES: tuple[_Change, ...] = (
     _replace_data,
     _transpose,
