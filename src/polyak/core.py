@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
-from polyak.clock import Clock, make_clock
+from polyak.clock import Clock
 from polyak.collectives import Question, any_rank
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
@@ -232,7 +232,7 @@ class Core:
         """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
         self._refresh()
         self.store.begin()
-        self.clock = make_clock(every=self.clock.every, start=self.clock.start)
+        self.clock = Clock(self.clock.every, self.clock.start)
         self.begin(are_copies=True)
 
     def verify_values(self) -> None:

@@ -125,7 +125,7 @@ class ModelEma:
             self._follow_average()
         self._store.bind(self._source.entries)
         self._num_updates += 1
-        self._store.submit(Step(self._growth[1:], self._num_updates))
+        self._store.submit(Step([self._growth[1]], self._num_updates))
 
     def _follow_average(self) -> None:
         """Takes the tensors that `ema` has now for the store's, after somebody moved or replaced them."""

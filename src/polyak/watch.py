@@ -32,11 +32,9 @@ class Watch:
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._inner = modules[1:]
-        self._dictionaries = _dictionaries([model, *self._inner])
-        self._parts: Look | _Comparison = _look(self._holders()) or _Comparison(modules)
-
-    def _holders(self) -> list[dict[str, Any]]:
-        return list(chain.from_iterable(self._dictionaries))
+        self._dictionaries = _dictionaries(modules)
+        holders = list(chain.from_iterable(self._dictionaries))
+        self._parts: Look | _Comparison = _look(holders) or _Comparison(modules)
 
     @property
     def is_in_c(self) -> bool:
