@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A process of its own: whether there is a GPU, and which libraries there are, is asked when a file is imported.
+# Runs in a new process, because files ask for a GPU and for libraries when they are imported.
 COLLECT = """
 import sys, pytest, torch
 torch.cuda.is_available = lambda: True
