@@ -78,8 +78,9 @@ def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tens
 
     Example:
         >>> (one, other), counters = counted_together([torch.zeros(2), torch.ones(3)])
+        >>> before = one._version
         >>> torch.autograd.graph.increment_version(counters)
-        >>> one._version, other._version
+        >>> one._version - before, other._version - before
         (1, 1)
     """
     counters: dict[tuple[torch.dtype, torch.device], Tensor] = {}
