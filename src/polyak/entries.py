@@ -46,6 +46,7 @@ class Site(NamedTuple):
     """One place in a model that holds a tensor: `holder[key]`, a module's own dictionary."""
 
     __eq__ = object.__eq__
+    __ne__ = object.__ne__
     __hash__ = object.__hash__
 
     name: str
@@ -87,6 +88,7 @@ class Entry(NamedTuple):
     sharding: Sharding | None = None
 
     __eq__ = object.__eq__
+    __ne__ = object.__ne__
     __hash__ = object.__hash__
 
     @property
