@@ -156,6 +156,9 @@ class Many:
     updates: list[Updates]
     calls: list[Calls]
 
+    def tables(self) -> list[Table]:
+        return [updates_table([*self.updates, self.crowded]), calls_table(self.calls)]
+
 
 @contextmanager
 def busy_processes() -> Iterator[None]:
@@ -243,9 +246,8 @@ def verdicts(many: Many) -> Iterator[Verdict]:
 def main(rounds: int = 30) -> None:
     started = perf_counter()
     console, many = Console(width=170), measure(rounds=rounds)
-    console.print(updates_table([*many.updates, many.crowded]).rich())
-    console.print(calls_table(many.calls).rich())
-    console.print(tables.verdict_table(list(verdicts(many))).rich())
+    for table in [*many.tables(), tables.verdict_table(list(verdicts(many)))]:
+        console.print(table.rich())
     console.print(f"{perf_counter() - started:.0f} s")
 
 
