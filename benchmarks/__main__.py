@@ -135,8 +135,8 @@ def main(
 def measure_many(shown: Shown) -> None:
     """Many small tensors on a CPU."""
     shown.many = many.measure()
-    shown.show(many.updates_table([*shown.many.updates, shown.many.crowded]))
-    shown.show(many.calls_table(shown.many.calls))
+    for table in shown.many.tables():
+        shown.show(table)
     shown.verdicts += many.verdicts(shown.many)
 
 

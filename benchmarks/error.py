@@ -36,7 +36,7 @@ class ErrorRun:
     title: str
     steps: int
     errors: list[Error]
-    left_out: list[str] = field(default_factory=list[str])  # for want of their packages
+    left_out: list[str] = field(default_factory=list[str])  # because their packages are missing
 
     def of(self, name: str, decay: float) -> Error | None:
         return next((error for error in self.errors if (error.name, error.decay) == (name, decay)), None)

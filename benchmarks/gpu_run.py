@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     only = given.only.split(",")
     if unknown := set(only) - set(names):
-        parser.error(f"--only: {', '.join(sorted(unknown))} is none of {', '.join(names)}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which kills the processes of the part
-    record = Record(given.device, parts.missing([*parts.NEEDED, *parts.COMPARED]))
+        parser.error(f"--only: {', '.join(sorted(unknown))} is unknown; choose from {', '.join(names)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit kills the part's processes
+    record = Record(given.device, parts.missing(parts.PACKAGES))
     if record.missing:
         print(f"not installed: {', '.join(record.missing)}", flush=True)
     run([part for part in PARTS if part.name in only], record, given.out, seconds=given.seconds)

@@ -33,8 +33,8 @@ class ImportTime:
     """Milliseconds.
 
     `after_torch` is timed inside one process, once torch is loaded. It is judged, because `added`, the difference of
-    two medians that are twenty times as large, wavers by more than the budget on a busy machine. `first_name` is what
-    `polyak.WeightAverage` takes after that.
+    two medians that are twenty times as large, wavers by more than the budget on a busy machine. `first_name` is the
+    time of `polyak.WeightAverage`, the first name that is used, after that.
     """
 
     torch: Spread

@@ -1,4 +1,4 @@
-"""Many small tensors: updates with warm and with cold caches, and what is done less often: `python -m benchmarks.many`.
+"""Many small tensors: updates with warm and with cold caches, and rarer calls: `python -m benchmarks.many`.
 
 Before a cold call 100 MB of other memory are read and written, as a training step does between two updates.
 """
@@ -63,28 +63,28 @@ def mixture_of_experts() -> nn.Module:
 
 @dataclass(frozen=True)
 class Updates:
-    """Milliseconds of one update by contender, after another and after other memory was used."""
+    """Milliseconds of one update by contender: warm, after other updates, and cold, after other memory was used."""
 
     title: str
     warm: dict[str, Spread]
     cold: dict[str, Spread]
 
     def times(self, name: str, other: str, *, cold: bool = False) -> float:
-        """How many times as long the first takes as the second."""
+        """The time of the first contender in units of the second's."""
         found = self.cold if cold else self.warm
         return found[name].median / found[other].median
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Milliseconds of what is done less often, by its name; the first swap makes tables that later ones use."""
+    """Milliseconds of rarer calls, by name. The first swap makes tables that later ones use."""
 
     title: str
     times: dict[str, float]
 
 
 def measure_updates(title: str, model: nn.Module, *, rounds: int) -> Updates:
-    """Everybody in turn; medians."""
+    """All contenders in turn."""
     other = torch.ones(OTHER_BYTES // 4)
     flat = limits.FLAT_FORMS["flat lerp_"](model)
     running: dict[str, Running] = {
@@ -103,7 +103,7 @@ def measure_updates(title: str, model: nn.Module, *, rounds: int) -> Updates:
                 for _ in range(WARM_UPS):
                     each.update()
                 warm[name].append(statistics.median(milliseconds(each.update) for _ in range(WARM_CALLS)))
-        # Apart from the warm ones: a processor keeps what was used several times longer than what was used once.
+        # Not between the warm ones: caches keep what was used several times longer than what was used once.
         for _ in range(rounds):
             for name, each in running.items():
                 other.add_(1.0)
@@ -118,7 +118,7 @@ def measure_updates(title: str, model: nn.Module, *, rounds: int) -> Updates:
 
 
 def measure_calls(count: int, *, rounds: int) -> Calls:
-    """Of a `WeightAverage` of so many tensors of 32x32; medians."""
+    """Medians for a `WeightAverage` of `count` tensors of 32x32."""
     model = small_tensors(count)
     times: dict[str, list[float]] = {}
 
@@ -156,6 +156,9 @@ class Many:
     updates: list[Updates]
     calls: list[Calls]
 
+    def tables(self) -> list[Table]:
+        return [updates_table([*self.updates, self.crowded]), calls_table(self.calls)]
+
 
 @contextmanager
 def busy_processes() -> Iterator[None]:
@@ -178,7 +181,7 @@ def measure(*, rounds: int = 30) -> Many:
         measure_updates("12,060 tensors in 19,741 modules", mixture_of_experts(), rounds=max(rounds // 4, 3)),
     ]
     calls = [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)]
-    # Last, for what was waited for there is remembered for some updates.
+    # Last, because updates that had to wait make the next ones run on one thread.
     with busy_processes():
         crowded = measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
     return Many(crowded, updates, calls)
@@ -206,14 +209,14 @@ def updates_table(measured: list[Updates]) -> Table:
 def calls_table(measured: list[Calls]) -> Table:
     names = list(measured[0].times)
     return Table(
-        title="What is done less often, median ms",
+        title="Rarer calls, median ms",
         columns=("", *names),
         rows=[(each.title, *(digits(each.times[name]) for name in names)) for each in measured],
     )
 
 
 def verdicts(many: Many) -> Iterator[Verdict]:
-    """What has to be reached."""
+    """The bounds, and whether they were reached."""
     small, modules, experts = many.updates
     thousand, ten_thousand = many.calls
 
@@ -243,9 +246,8 @@ def verdicts(many: Many) -> Iterator[Verdict]:
 def main(rounds: int = 30) -> None:
     started = perf_counter()
     console, many = Console(width=170), measure(rounds=rounds)
-    console.print(updates_table([*many.updates, many.crowded]).rich())
-    console.print(calls_table(many.calls).rich())
-    console.print(tables.verdict_table(list(verdicts(many))).rich())
+    for table in [*many.tables(), tables.verdict_table(list(verdicts(many)))]:
+        console.print(table.rich())
     console.print(f"{perf_counter() - started:.0f} s")
 
 

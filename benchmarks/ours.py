@@ -17,7 +17,7 @@ def profiles(count: int) -> dict[str, polyak.Profile]:
 def pairs_of(
     average: polyak.WeightAverage, model: nn.Module, *, name: str = "average", decay: float = DECAY
 ) -> list[Pair]:
-    """With the averages themselves: a copy, as weights() makes it, takes as much memory again as they do."""
+    """Holds the averages themselves, because the copies that `weights()` makes would take as much memory again."""
     state = average.state_dict()
     (averages,), (copies,) = state["averages"].values(), state["copies"].values()
     return pairs_by_name({**copies, **averages[name]}, model, decay=decay)

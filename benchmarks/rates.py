@@ -4,13 +4,12 @@ A rate is whatever a record holds under a key that ends in `_bytes_per_second`, 
 times of updates. So a benchmark that stores a new one need not be known here.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.records import FOLDER
+from benchmarks.records import FOLDER, records
 from benchmarks.suites import SUITES, Suite
 
 PCIE = "pcie_bytes_per_second"  # from one GPU to pinned memory of the host
@@ -32,9 +31,8 @@ def update_rate(device: str, suite: Suite) -> str:
 def machines(folder: Path = FOLDER) -> list[Machine]:
     """Those that results are of; several files may be of one."""
     found: dict[tuple[str, str], Machine] = {}
-    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    # Files of a GPU come first, for the others do not say which one the machine has.
-    for record in sorted(records, key=lambda record: "gpu" not in record["machine"]):
+    # Files of a GPU come first, because the others do not say which one the machine has.
+    for record in sorted(records(folder).values(), key=lambda record: "gpu" not in record["machine"]):
         about = record["machine"]
         kind = about["processor"], about["cores"]
         name = ", ".join([*([about["gpu"]] if "gpu" in about else []), about["processor"], f"{about['cores']} cores"])

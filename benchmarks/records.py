@@ -11,6 +11,11 @@ from benchmarks.table import Table
 FOLDER = Path(__file__).parent / "results"
 
 
+def records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
+    """All records, by the stems of their files."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+
+
 def markdown(
     machine: Mapping[str, str],
     tables: Sequence[Table],

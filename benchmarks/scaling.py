@@ -67,7 +67,7 @@ def curve(
     return Curve(
         title,
         [each.shape.entries if by_entries else each.parameters for each in measured],
-        # Without those that were left out somewhere, for want of a package or of memory.
+        # Only contenders that were timed at every size.
         {name: each for name, each in times.items() if len(each) == len(measured)},
         next(contender.name for contender in contenders if contender.kind is Kind.LIMIT),
     )

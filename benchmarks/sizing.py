@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from benchmarks.pages import write_text
 from benchmarks.rates import PCIE, Machine, machines, update_rate
 from benchmarks.suites import COMPENSATED, FLOAT32, MIXED, STOCHASTIC, Suite
 from benchmarks.table import Table, digits
 from polyak.store.host import NUM_SETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
-BEGIN, END = "<!-- sizing: begin -->\n", "<!-- sizing: end -->\n"
+MARK = "sizing"
 
 MODES = (MIXED, FLOAT32, STOCHASTIC, COMPENSATED)
 EVERY = (1, 10, 100)
@@ -201,12 +202,6 @@ def text(found: Sequence[Machine]) -> str:
     return "\n".join(table.markdown() for table in tables(found))
 
 
-def parts_of_the_page() -> tuple[str, str, str]:
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    written, _, after = rest.partition(END)
-    return before, written, after
-
-
 def main(
     write: Annotated[bool, typer.Option(help=f"Also write it to docs/{PAGE.name}.")] = False,
 ) -> None:
@@ -216,8 +211,7 @@ def main(
     for table in tables(found):
         console.print(table.rich())
     if write:
-        before, _, after = parts_of_the_page()
-        PAGE.write_text(before + BEGIN + text(found) + END + after)
+        write_text(PAGE, MARK, text(found))
         console.print(f"wrote {PAGE.name}")
 
 

@@ -15,7 +15,7 @@ from benchmarks.shapes import Shape
 from benchmarks.suites import Suite
 from benchmarks.timing import Spread, in_turn, spread, timer_for
 
-NEVER_LEFT_OUT = 2  # contenders, for the memory that they are expected to take
+NEVER_LEFT_OUT = 2  # contenders that are tried whatever memory they are expected to need
 NO_MEMORY = "not enough memory"
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 SECONDS = 12.0  # of turns, for one model
@@ -96,7 +96,7 @@ def measure(
             begun = contender.build(model)
             begun.update()
             running[contender] = begun
-    # A second time beside all others, which have taken memory meanwhile.
+    # A second time, because the others have taken memory meanwhile.
     pairs: list[Pair] = []
     for contender in list(running):
         with left_out.on_failure(contender):

@@ -75,7 +75,7 @@ def test_a_bad_step_is_left_out_and_its_growth_applied_later(bad, mode):
 
 
 class LateEvent:
-    """An event of CUDA's where there is no GPU: it is over when the device has come to it, and not at once."""
+    """A CUDA event without a GPU: not over at once, but when the device has reached it."""
 
     def __init__(self):
         self.is_over = True
@@ -89,7 +89,7 @@ class LateEvent:
 
 @pytest.fixture
 def finish(monkeypatch):
-    """Lets the device do all that it was given."""
+    """Lets the device finish its work."""
     if DEVICE.type == "cuda":
         return torch.cuda.synchronize
     events = []
@@ -99,7 +99,7 @@ def finish(monkeypatch):
 
 @contextmanager
 def spoilt(model):
-    """A model with a NaN, for a while."""
+    """Puts a NaN into the model for a while."""
     kept = model[0].weight.detach().clone()
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
@@ -113,7 +113,7 @@ HELD_EARLIER = r"held at an earlier update NaNs or infinities in '0.weight', whi
 @pytest.mark.protects
 @pytest.mark.parametrize("num_good", [0, 1, 2])
 def test_raise_comes_with_the_next_call_and_names_the_tensor(num_good, finish):
-    """Also where the device has not yet done the updates before."""
+    """Also if the device has not yet done the updates before."""
     model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
     for step in range(num_good):
         drift(model, seed=step)
@@ -135,7 +135,7 @@ def test_raise_comes_with_the_next_call_and_names_the_tensor(num_good, finish):
 
 @pytest.mark.protects
 def test_raise_in_a_graph_comes_with_the_second_next_advance(finish):
-    """The first one asks for the verdict, behind the replay."""
+    """The first one orders the verdict, after the replay."""
     model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
     average.advance()
     guard = average._core.store.guard

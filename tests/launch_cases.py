@@ -1,7 +1,7 @@
-"""Launches of the kernels in Triton as on an H100, up to the driver, for which `libcuda.c` stands.
+"""Launches of the kernels in Triton as on an H100, up to the driver, which `libcuda.c` replaces.
 
-`test_triton_launch` builds it, and runs this file in a process of its own that finds it as NVIDIA's. All else is as on
-a GPU: how arguments become a variant of a kernel, its compilation to code for the GPU, and the launcher in C. The
+`test_triton_launch` builds `libcuda.c`, and runs this file in a process that loads it as NVIDIA's driver. All else is
+as on a GPU: how arguments become a variant of a kernel, its compilation to code for the GPU, and the launcher in C. The
 tensors are on the CPU, and no kernel touches them.
 """
 
@@ -24,7 +24,7 @@ update = pytest.importorskip("polyak.kernels.gpu.update")
 
 
 class StandIn(nvidia.CudaDriver):
-    """Triton's own, but for what it asks torch about the GPU."""
+    """Triton's own driver, except for what it asks torch about the GPU."""
 
     def __init__(self):
         super().__init__()
@@ -51,13 +51,13 @@ class Cuda:
         self._count = ctypes.c_int.in_dll(library, "num_launches")
 
     def launches(self):
-        """Those since it was asked last."""
+        """The launches since the last call."""
         found = [(each.name.decode(), each.blocks, each.threads) for each in self._launches[: self._count.value]]
         self._count.value = 0
         return found
 
     def arguments(self):
-        """Of the last launch, which was an update."""
+        """The arguments of the last launch, an update."""
         return list(self._launches[self._count.value - 1].arguments)
 
 
@@ -69,7 +69,7 @@ def cuda():
 
 @pytest.fixture
 def kernel(cuda):
-    """One of which nothing has been launched, or compiled in this process."""
+    """A kernel that has not been launched yet, with nothing compiled in this process."""
     cuda.launches()
     for function in (skip.find_bad, skip.settle, skip.copy_settled, update.update, update.update_settled):
         function.device_caches.clear()

@@ -1,4 +1,4 @@
-/* A stand-in for NVIDIA's driver, which Triton's C code calls: it loads and launches nothing, and notes what it was given.
+/* A stand-in for NVIDIA's driver, called by Triton's C code. It loads and launches nothing, and notes its arguments.
  *
  * Pointers are taken as they are, so tensors on the CPU will do.
  */

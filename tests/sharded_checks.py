@@ -9,6 +9,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -214,6 +215,18 @@ def other_memory_of_the_same_dtensor_is_noticed(folder):
         assert zoo.bit_equal(average.weights(), expected)
         with average.swapped():
             assert zoo.bit_equal(sharded_zoo.whole(model), expected)
+
+
+@on(4)
+def another_specification_of_the_same_dtensor_is_noticed(folder):
+    model = nn.Linear(8, 8, bias=False)
+    fully_shard(model)
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    spec = model.weight._spec
+    model.weight._spec = DTensorSpec(spec.mesh, (Shard(1),), spec.tensor_meta)
+    with pytest.raises(polyak.MismatchError, match=r"'weight' of the model is .*Shard\(dim=1\).*, and was .*dim=0"):
+        average.state_dict()
 
 
 @on(4)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# A process of its own: whether there is a GPU, and which libraries there are, is asked when a file is imported.
+# Runs in a new process, because files ask for a GPU and for libraries when they are imported.
 COLLECT = """
 import sys, pytest, torch
 torch.cuda.is_available = lambda: True
@@ -38,13 +38,13 @@ def test_all_tests_for_a_gpu_are_collected_where_there_is_one(collected):
 
 
 @pytest.mark.parametrize(
-    "news",
+    "message",
     [
         "Warning: Profiler clears events at the end of each cycle.",
         "Synchronization debug mode is a prototype feature and does not yet detect all synchronizing operations",
     ],
 )
-def test_news_of_torch_are_no_errors(news):
-    warnings.warn(news, UserWarning, stacklevel=1)
+def test_warnings_of_torch_2_11_are_no_errors(message):
+    warnings.warn(message, UserWarning, stacklevel=1)
     with pytest.raises(UserWarning, match="of ours"):
         warnings.warn("of ours", UserWarning, stacklevel=1)

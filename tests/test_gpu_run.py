@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_run, rates
+from benchmarks import gpu_run, pages, rates, records
 from benchmarks.bounds import GPU_BOUNDS
 from benchmarks.gpu import parts, sentence
 from benchmarks.gpu.parts import Part
@@ -164,7 +164,7 @@ def test_prints_beside():
 
 
 @pytest.mark.parametrize("end", ["", "def test_dies(): os.abort()", "def test_hangs(): time.sleep(600)"])
-def test_results_of_tests_are_read_from_what_pytest_prints(end, tmp_path):
+def test_results_of_tests_are_those_that_the_plugin_reports(end, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS_OF_ALL_KINDS + end)
     arguments = [*parts.pytest("test_it")[2:], "-s", "-c", os.devnull, "--rootdir", str(tmp_path)]
@@ -233,12 +233,12 @@ def test_its_record_is_one_of_a_machine_with_rates(tried):
 
 
 def test_a_record_of_a_cpu_says_nothing_of_gpus(tried):
-    assert sentence.sentence(sentence.records(tried[1])) == sentence.NOT_YET
+    assert sentence.sentence(records.records(tried[1])) == sentence.NOT_YET
 
 
 @pytest.mark.skipif(CAN_RUN, reason="the tests for GPUs are not skipped on a GPU")
 def test_the_latest_record_of_a_gpu_is_told(tried):
-    (record,) = sentence.records(tried[1]).values()
+    (record,) = records.records(tried[1]).values()
     verdict = {"suite": "float32", "shape": "1000 tensors of 32x32", "what": "times as fast as timm ModelEmaV3"}
     record["verdicts"].append({**verdict, "value": 43.21, "bound": ">= 20", "reached": True, "beside": ""})
     record["tests"]["test_gpu"]["passed"] += 5
@@ -262,6 +262,6 @@ def test_what_is_told_of_a_record_is_a_bound_for_gpus():
 
 
 def test_the_readme_says_what_the_records_say():
-    written = sentence.PLACE.search(sentence.README.read_text())
-    expected = sentence.wrapped(sentence.sentence(sentence.records()))
-    assert written[2] == expected, "python -m benchmarks.gpu.sentence --write writes it anew"
+    written = pages.made_text(pages.README, sentence.MARK)
+    expected = sentence.wrapped(sentence.sentence(records.records()))
+    assert written == expected, "python -m benchmarks.gpu.sentence --write writes it anew"

@@ -180,7 +180,7 @@ class TestPlan:
         pytest.param(
             "_VERSION",
             1,
-            "it is of another version",
+            "it was built for another version",
             marks=pytest.mark.skipif(native.library() is None, reason="installed without a compiler"),
         ),
     ],

@@ -15,14 +15,14 @@ class Device:
         monkeypatch.setattr(seen, "new_event", lambda device: Event(self._recorded))
 
     def do(self, count):
-        """The oldest pieces of work."""
+        """Does the oldest pieces of work."""
         for event in self._recorded[:count]:
             event.under_way -= 1
         del self._recorded[:count]
 
 
 class Event:
-    """As CUDA's: over when the last record was reached."""
+    """Like a CUDA event: over when the device has reached the last record."""
 
     def __init__(self, recorded):
         self._recorded = recorded

@@ -8,7 +8,7 @@ import torch
 from torch import distributed, nn
 
 import polyak
-from benchmarks import host, rates, sizing
+from benchmarks import host, pages, rates, sizing
 from benchmarks.suites import COMPENSATED, FLOAT32, MIXED, SUITES
 from benchmarks.timing import Spread
 
@@ -140,5 +140,5 @@ def test_each_mode_is_a_suite_that_is_timed():
 
 
 def test_the_page_has_what_the_script_gives():
-    _, written, _ = sizing.parts_of_the_page()
+    written = pages.made_text(sizing.PAGE, sizing.MARK)
     assert written == sizing.text(rates.machines()), "python -m benchmarks.sizing --write writes it anew"

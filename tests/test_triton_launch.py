@@ -1,4 +1,4 @@
-"""The whole way of a launch of the kernels in Triton without a GPU: `launch_cases`, with a stand-in for the driver."""
+"""Launches of the kernels in Triton without a GPU: `launch_cases`, with a stand-in for the driver."""
 
 import importlib.util
 import os
@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 
 
 def needed():
-    """What it takes, and where that is or would be."""
+    """What the test needs, with the path of each."""
     found = importlib.util.find_spec("triton")
     nvidia = Path(found.origin).parent / "backends" / "nvidia" if found and found.origin else Path("triton")
     return {

@@ -4,25 +4,31 @@ import copy
 import os
 import pickle
 import signal
+import subprocess
 import sys
 import time
+import warnings
+import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import polyak
 import zoo
-from polyak.kernels import can_look
-from polyak.kernels.native import crew, look
+from polyak.kernels import native, tried_way
+from polyak.kernels.native import crew, trial
+from polyak.kernels.native import way as asking
 from polyak.watch import Watch
 
-needs_c = pytest.mark.skipif(not can_look(), reason="needs the C library, and a Python and torch that it can ask")
+needs_c = pytest.mark.skipif(tried_way() is None, reason="needs the C library, and a Python and torch that it can ask")
 
 
 @pytest.fixture(params=[pytest.param("c", marks=needs_c), "python"], autouse=True)
 def way(request, monkeypatch):
-    """Every test of this file runs with the look in C and with that in Python."""
+    """Every test of this file runs with the check in C and with that in Python."""
     if request.param == "python":
         monkeypatch.setenv("POLYAK_WATCH", "python")
     assert Watch(zoo.mlp()).note == ("" if request.param == "c" else "POLYAK_WATCH=python asks for it")
@@ -140,7 +146,7 @@ class TestEachChange:
     @needs_c
     def test_another_order_in_the_same_memory_is_followed(self, way):
         if way == "python":
-            pytest.skip("Python's look compares addresses alone")
+            pytest.skip("the check in Python compares addresses only")
         model = square()
         average = polyak.WeightAverage(model, polyak.Exponential(0.5))
         first = model[0].weight.detach().clone()
@@ -185,6 +191,122 @@ class TestEachChange:
         with average.swapped():
             assert torch.equal(model[0].weight, torch.arange(16.0).view(4, 4))
         assert torch.equal(model[0].weight, torch.full((4, 4), 5.0))
+
+
+class Rebinds(nn.Module):
+    """A forward pass binds a buffer to a view of itself, as some do to leave a graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("running_mean", torch.zeros(3))
+
+    def forward(self, inputs):
+        self.running_mean = self.running_mean.detach()
+        return inputs * self.weight + self.running_mean
+
+
+@pytest.mark.protects
+class TestAnotherObjectInTheSameMemory:
+    def test_in_the_model_is_followed_and_nothing_is_planned_anew(self):
+        model = Rebinds()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        plan = average.plan
+        for number in range(3):
+            model(torch.ones(3))
+            with torch.no_grad():
+                model.running_mean.fill_(number + 1.0)
+            average.update()
+        assert average.plan is plan
+        assert torch.equal(average.weights()["running_mean"], torch.full((3,), 2.125))
+        with average.swapped():
+            assert torch.equal(model.running_mean, torch.full((3,), 2.125))
+        assert torch.equal(model.running_mean, torch.full((3,), 3.0))
+
+    @pytest.mark.parametrize(
+        "rebind",
+        [
+            lambda live: live(torch.ones(3)),
+            lambda live: live.load_state_dict(live.state_dict(), assign=True),
+            lambda live: setattr(live, "weight", nn.Parameter(live.weight.data)),
+        ],
+    )
+    def test_in_a_live_module_is_no_error(self, rebind):
+        model = Rebinds()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        live = average.live_module()
+        rebind(live)
+        with torch.no_grad():
+            model.weight.fill_(3.0)
+        average.update()
+        assert torch.equal(live.weight, torch.full((3,), 2.0))
+
+    def test_many_at_once(self):
+        model = many(1000)
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        for module in model.wide, *model:
+            for name, parameter in list(module._parameters.items()):
+                module._parameters[name] = nn.Parameter(parameter.data)
+        plan = average.plan
+        average.update()
+        assert average.plan is plan
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with average.swapped(), pytest.raises(polyak.StateError, match="it would train the average"):
+            optimizer.step()
+
+
+@pytest.mark.protects
+def test_a_tensor_whose_sizes_only_python_knows_is_an_error_and_no_deadlock():
+    """In a process of its own: several threads look, and one that asked Python would wait for ever."""
+    program = (
+        "import torch, polyak; torch.set_num_threads(2);"
+        "model = torch.nn.ParameterList(torch.randn(3) for _ in range(700));"
+        "average = polyak.WeightAverage(model);"
+        "nested = lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(1)], layout=torch.jagged);"
+        "[setattr(parameter, 'data', nested()) for parameter in model];"
+        "average.update()"
+    )
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 1, run.stderr[-2000:]
+
+
+@pytest.mark.protects
+def test_a_parameter_that_becomes_a_wrapper_in_place_is_an_error():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    model._apply(lambda tensor: TwoTensor(tensor.clone(), tensor.clone()))
+    with pytest.raises(polyak.MismatchError, match=r"a .*TwoTensor.* which cannot be averaged|cannot be averaged"):
+        average.update()
+
+
+@pytest.mark.protects
+def test_a_mode_that_keeps_tensors_does_not_turn_the_check_in_c_off(way):
+    class Keeps(TorchDispatchMode):
+        kept: ClassVar = []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor):
+                self.kept.append(weakref.ref(result))
+            return result
+
+    trial.tried_way.cache_clear()
+    with Keeps():
+        average = polyak.WeightAverage(zoo.mlp())
+    assert (average.report().watch_note == "") == (way == "c")
+
+
+def test_dictionaries_that_are_properties():
+    class Property(nn.Module):
+        _buffers = property(lambda self: {}, lambda self, value: None)
+
+    model = nn.Sequential(Property(), nn.Linear(2, 2))
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    with average.swapped():
+        pass
 
 
 class Subclass(nn.Parameter):
@@ -241,14 +363,22 @@ def test_a_forked_process_sees_changes():
 @pytest.mark.protects
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that forks")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_threads_of_its_parent():
+def test_a_forked_process_does_not_wait_for_threads_of_its_parent(monkeypatch):
     model = nn.ParameterList(torch.randn(64, 64) for _ in range(1000))
     average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    monkeypatch.setattr(crew.CREW, "_alone", 0)  # an earlier call may have waited
     for _ in range(20):
         average.update()
+    state = average.state_dict()
+    model[0].requires_grad_(False)
+    other = polyak.WeightAverage(model, polyak.Exponential(0.5))
     process = os.fork()
     if process == 0:
-        average.update()
+        average.load_state_dict(state)
+        with warnings.catch_warnings(action="ignore") if sys.version_info >= (3, 11) else warnings.catch_warnings():
+            other.swap_in()
+            other.swap_out()
+        polyak.WeightAverage(model, polyak.Exponential(0.5)).update()
         os._exit(0)
     ended, waited = 0, 0.0
     while not ended and waited < 20:
@@ -281,9 +411,9 @@ def test_a_change_anywhere_among_many_tensors_is_seen(position):
 class TestWhereItCannotBeMade:
     @pytest.fixture(autouse=True)
     def asked_anew(self):
-        look._tried_way.cache_clear()
+        trial.tried_way.cache_clear()
         yield
-        look._tried_way.cache_clear()
+        trial.tried_way.cache_clear()
 
     def check(self, reason):
         average = polyak.WeightAverage(model := zoo.mlp(), polyak.Exponential(0.5))
@@ -303,15 +433,15 @@ class TestWhereItCannotBeMade:
         self.check("it cannot ask this Python and torch")
 
     def test_a_torch_that_keeps_its_tensors_elsewhere(self, monkeypatch, not_asked_for):
-        monkeypatch.setattr(look, "_words", lambda value, count: [0] * count)
+        monkeypatch.setattr(asking, "words", lambda value, count: [0] * count)
         self.check("it cannot ask this Python and torch")
 
     def test_a_torch_without_its_functions(self, monkeypatch, not_asked_for):
-        monkeypatch.setattr(look, "_TORCH", ("data_ptr", "dim", "sizes", "strides", "no_such_thing"))
+        monkeypatch.setattr(asking, "_TORCH", ("data_ptr", "dim", "sizes", "strides", "no_such_thing"))
         self.check("it cannot ask this Python and torch")
 
     def test_a_change_that_goes_unseen(self, monkeypatch, not_asked_for):
-        monkeypatch.setattr(look, "_CHANGES", (*look._CHANGES, lambda *_: None))
+        monkeypatch.setattr(trial, "_CHANGES", (*trial._CHANGES, lambda *_: None))
         self.check("it cannot ask this Python and torch")
 
     def test_kernels_without_the_one_in_c(self, monkeypatch, not_asked_for):
@@ -322,44 +452,6 @@ class TestWhereItCannotBeMade:
         monkeypatch.setenv("POLYAK_WATCH", "c++")
         with pytest.raises(ValueError, match=r"POLYAK_WATCH='c\+\+': it is 'python', or not set"):
             polyak.WeightAverage(zoo.mlp())
-
-
-class TestCrew:
-    """How many threads a call has, after calls that had to wait."""
-
-    def test_as_many_as_there_is_work_for(self, monkeypatch):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-        sizes = [crew.Crew().size(count) for count in (1, 32767, 32768, 65536, 98304, 10**9)]
-        assert sizes == [1, 1, 2, 3, 4, 4]
-
-    def alone_after_a_wait(self, found):
-        """How many calls are made alone after one that had to wait."""
-        assert found.size(1 << 20) == 2
-        found.took(8_000_000, 1 << 20)
-        calls = 0
-        while found.size(1 << 20) == 1:
-            calls += 1
-        return calls
-
-    def test_alone_after_a_wait_and_longer_if_the_next_comes_soon(self, monkeypatch):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        found, alone = crew.Crew(), []
-        for _ in range(9):
-            alone.append(self.alone_after_a_wait(found))
-            for _ in range(255):
-                found.took(300_000, 1 << 20)
-        assert alone == [16, 32, 64, 128, 256, 512, 1024, 1024, 1024]
-        found.took(300_000, 1 << 20)
-        assert self.alone_after_a_wait(found) == 16
-        assert self.alone_after_a_wait(found) == 32
-
-    def test_large_calls_may_take_their_time(self, monkeypatch):
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        found = crew.Crew()
-        found.took(80_000_000, 1 << 24)
-        assert found.size(1 << 20) == 2
-        found.took(8_000_000, 1 << 20)
-        assert [found.size(count) for count in (1 << 20, 1 << 24)] == [1, 2]
 
 
 @pytest.mark.protects
@@ -447,6 +539,62 @@ def test_modules_that_say_that_they_are_equal():
         model[0].weight.fill_(100.0)
     average.update()
     assert average.weights()["0.weight"].min() > 40
+
+
+class WritesItsParameters(nn.Module):
+    """A forward pass moves a parameter, as codebooks and `max_norm` do; others are needed by the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.code = nn.Parameter(torch.zeros(3))
+
+    def forward(self, inputs):
+        inputs = self.first(inputs)
+        with torch.no_grad():
+            self.code.mul_(0.9).add_(inputs.mean(0))
+        return self.last(inputs)
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("place", ["a live module", "ModelEma"])
+def test_a_module_that_writes_to_its_own_parameters_can_be_differentiated_through(place):
+    model = WritesItsParameters()
+    if place == "ModelEma":
+        teacher = polyak.ModelEma(model).ema
+    else:
+        average = polyak.WeightAverage(model)
+        teacher = average.live_module()
+    inputs = torch.randn(2, 3, requires_grad=True)
+    teacher(inputs).sum().backward()
+    assert inputs.grad is not None
+
+
+@pytest.mark.protects
+def test_what_is_made_in_inference_mode_can_be_used_outside():
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+    average.update()
+    with torch.inference_mode():
+        live, ema = average.live_module(), polyak.ModelEma(model)
+    average.load_state_dict(copy.deepcopy(average.state_dict()))
+    live(torch.randn(2, 6, requires_grad=True)).sum().backward()
+    with torch.no_grad():
+        ema.ema[0].weight.add_(0)
+
+
+@pytest.mark.protects
+@pytest.mark.parametrize("in_c", [True, False])
+def test_every_change_is_counted_once(in_c, monkeypatch):
+    if not in_c:
+        monkeypatch.setenv("POLYAK_WATCH", "python")
+    with torch.inference_mode():
+        inference = torch.zeros(2)
+    tensors = [torch.zeros(2), nn.Parameter(torch.zeros(3)), torch.zeros(4)[1:], inference]
+    before = [tensor._version for tensor in tensors[:3]]
+    versions = native.Versions(tensors)
+    versions.count_change(), versions.count_change()
+    assert [tensor._version for tensor in tensors[:3]] == [version + 2 for version in before]
 
 
 @pytest.mark.protects

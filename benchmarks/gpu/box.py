@@ -1,4 +1,4 @@
-"""Runs commands side by side in a time box: they are killed when it is over, and what they have printed is kept."""
+"""Runs commands side by side in a time box: they are killed when it is over, and their output is kept."""
 
 import os
 import signal

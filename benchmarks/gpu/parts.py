@@ -4,8 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-NEEDED = ("torch", "triton", "pytest", "numpy", "safetensors", "rich", "typer", "transformers")
-COMPARED = ("timm", "ema_pytorch", "torch_ema", "diffusers", "lightning")
+# What the parts import. The last five are the libraries that are compared.
+PACKAGES = (
+    *("torch", "triton", "pytest", "numpy", "safetensors", "rich", "typer", "transformers"),
+    *("timm", "ema_pytorch", "torch_ema", "diffusers", "lightning"),
+)
 
 UPDATES = {
     "cuda": (
@@ -46,7 +49,7 @@ class Part:
         name: for the command line.
         seconds: its time box.
         least: seconds that must be left for the part to be started.
-        commands: gives the arguments for Python by the name of each process, for a device and the seconds there are.
+        commands: returns the arguments for Python by the name of each process, given the device and the time box.
     """
 
     name: str

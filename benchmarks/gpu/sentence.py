@@ -1,17 +1,14 @@
 """The README's sentence on GPUs, made from the records: `python -m benchmarks.gpu.sentence --write` updates it."""
 
-import json
-import re
 import sys
 import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from benchmarks.records import FOLDER
+from benchmarks.pages import README, write_text
+from benchmarks.records import records
 
-README = Path(__file__).parents[2] / "README.md"
-PLACE = re.compile(r"(<!-- gpu -->\n)(.*?)(\n<!-- /gpu -->)", re.DOTALL)
+MARK = "gpu"
 WIDTH = 120
 NOT_YET = (
     "Not yet run on a GPU. The GPU kernel is tested in Triton's interpreter, and its launches up to the driver; "
@@ -27,10 +24,6 @@ QUOTED = {
     ),
     ("mixed", "Llama 1.1B", "percent of the copy rate"): "one from bfloat16 to float32 at {:.0f} %",
 }
-
-
-def records(folder: Path = FOLDER) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def sentence(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -55,14 +48,14 @@ def tests_passed(record: Mapping[str, Any]) -> str:
 
 
 def wrapped(text: str) -> str:
-    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False) + "\n"
 
 
 def main() -> None:
     text = wrapped(sentence(records()))
-    print(text)
-    if "--write" in sys.argv[1:]:
-        README.write_text(PLACE.sub(lambda match: match[1] + text + match[3], README.read_text()))
+    print(text, end="")
+    if "--write" in sys.argv:
+        write_text(README, MARK, text)
 
 
 if __name__ == "__main__":

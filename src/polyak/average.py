@@ -222,8 +222,9 @@ class WeightAverage:
             at: the time after the step, as in `update`.
 
         Raises:
-            StateError: the updates of this average cannot be left to a device. With `nonfinite="raise"`: the model was
-                not finite in an earlier replay; this is known at the second `advance` after it, or at `wait`.
+            StateError: a device cannot decide about the updates of this average. Or, with `nonfinite="raise"`: the
+                model was not finite in an earlier replay, which is known at the second `advance` after it, or at
+                `wait`.
         """
         core = self._core
         check_not_standing(core.source.bare, "advance()")

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from polyak.attach import Attachment
-from polyak.clock import Clock, make_clock
+from polyak.clock import Clock
 from polyak.collectives import Question, any_rank
 from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
@@ -64,10 +64,10 @@ class Core:
         self.begin(are_copies=True)
 
     def begin(self, *, are_copies: bool = False) -> None:
-        """Notes what source and averages are now, to tell later what never moved.
+        """Notes the bits of source and averages, to tell later what never moved.
 
         Args:
-            are_copies: whether the averages were just copied from the source; those of its dtype have its bits then.
+            are_copies: whether the averages were just copied from the source. If so, those of its dtype have its sums.
         """
         raw, names = self.store.raw(), list(self.store.names)
         self.first_sums = dict(zip(names, checksums([raw[name] for name in names]), strict=True))
@@ -162,7 +162,7 @@ class Core:
                 f"call update() alone. The plan is\n{self.store.plan}"
             )
         self._raise_late()
-        # For the replay before this call: a capture cannot record an event, and nothing is called after a replay.
+        # Asks for the verdict on the last replay: a capture cannot record an event, and nothing runs after a replay.
         guard.note()
         if clock.num_updates > self.clock.num_updates:
             guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
@@ -213,7 +213,7 @@ class Core:
             self.check_live()
         if self.source.is_current() or (self.source.reshard() and self.source.is_current()):
             self.source.check_frozen()
-            # Nothing but where it was interrupted, or had no memory, when the tensors were replaced.
+            # A no-op, unless an earlier rebind was interrupted or ran out of memory.
             self.store.bind(self.source.entries)
         else:
             self.verify()
@@ -232,7 +232,7 @@ class Core:
         """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
         self._refresh()
         self.store.begin()
-        self.clock = make_clock(every=self.clock.every, start=self.clock.start)
+        self.clock = Clock(self.clock.every, self.clock.start)
         self.begin(are_copies=True)
 
     def verify_values(self) -> None:

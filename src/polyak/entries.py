@@ -41,11 +41,12 @@ _INSIDE_OF = {"_FabricModule": "_forward_module"}
 
 
 # Sites and entries are named tuples because a model has thousands, and a frozen dataclass takes five times as long to
-# make. Each is equal to itself alone: tensors cannot be compared.
+# create. They are compared by identity, because tensors cannot be compared by value.
 class Site(NamedTuple):
     """One place in a model that holds a tensor: `holder[key]`, a module's own dictionary."""
 
     __eq__ = object.__eq__
+    __ne__ = object.__ne__
     __hash__ = object.__hash__
 
     name: str
@@ -87,6 +88,7 @@ class Entry(NamedTuple):
     sharding: Sharding | None = None
 
     __eq__ = object.__eq__
+    __ne__ = object.__ne__
     __hash__ = object.__hash__
 
     @property

@@ -76,7 +76,7 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
 
     Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
     """
-    # The formats of files take as long to import as all that training needs.
+    # Imported here, because the file formats take as long to import as everything that training needs.
     from polyak.checkpoints import in_file_order, write_safetensors
 
     check_can_be_whole(core, "export()")

@@ -125,7 +125,7 @@ class ModelEma:
             self._follow_average()
         self._store.bind(self._source.entries)
         self._num_updates += 1
-        self._store.submit(Step(self._growth[1:], self._num_updates))
+        self._store.submit(Step([self._growth[1]], self._num_updates))
 
     def _follow_average(self) -> None:
         """Takes the tensors that `ema` has now for the store's, after somebody moved or replaced them."""
@@ -137,7 +137,7 @@ class ModelEma:
         self._store.replace({entry.name: entry.tensor.detach() for entry in self._average.entries})
 
     def _load_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        # The formats of files take as long to import as all that training needs.
+        # Imported here, because the file formats take as long to import as everything that training needs.
         from polyak.checkpoints import read_dictionary
 
         checkpoint = read_dictionary(path)

@@ -30,7 +30,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def _is_sharded(kind: type) -> bool:
-    # Whoever has a tensor of this class has imported it.
+    # If it was not imported, no tensor is one.
     found = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
     return found is not None and issubclass(kind, found)
 

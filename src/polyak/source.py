@@ -85,7 +85,7 @@ class Source:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # A watch holds addresses; a copy of the model lies elsewhere, and is walked again when it is next looked at.
+        # A watch holds addresses, which are others in a copy; the copy is walked again at its next check.
         return {**vars(self), "_watch": None}
 
     def is_current(self) -> bool:
@@ -192,7 +192,7 @@ class Source:
                 f"on {tensor.device}, and was on {entry.device}; move the model before its average is made, or "
                 "choose a device for the average, with device="
             )
-        elif entry.action == "average" and is_plain(entry.local) and not is_plain(local(tensor)):
+        elif entry.action != "skip" and not is_plain(local(tensor)):
             difference = f"a {type(tensor).__name__} of layout {tensor.layout} now, which cannot be averaged"
         else:
             return

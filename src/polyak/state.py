@@ -6,7 +6,7 @@
      "averages": {fingerprint: {name: {tensor name: tensor}}}, "copies": {fingerprint: {tensor name: tensor}}}
 
 With compensated=True there are "seconds", like "averages", and the configuration says so. If averages are rounded
-stochastically, it has the seed, and the version of the draw.
+stochastically, the configuration has the seed and the version of the random bits.
 
 The fingerprint of the configuration stands in the path of every tensor, because a loader that reads into live tensors
 (torch.distributed.checkpoint does) would otherwise have overwritten them before anyone could compare configurations.

@@ -191,7 +191,7 @@ class AverageView:
                 "live_module() with shard_over=: each rank has its share of the average only. module() puts it together"
             )
         core.verify()
-        core.store.lend()
+        core.store.lent = True
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
-from operator import attrgetter, is_, is_not, itemgetter
+from operator import attrgetter, is_, is_not
 from typing import Any
 
 from torch import Tensor, nn
 
-from polyak.kernels import Look, allowed_kernels, can_look, is_plain
+from polyak.kernels import Look, is_plain, tried_way, why_not_in_c
 from polyak.shards import is_sharded, local
 
 _IS_SOMETHING = partial(is_not, None)
-_LOCAL = attrgetter("_local_tensor")
-_DICTIONARIES = itemgetter("_parameters", "_buffers", "_modules")
+_LOCAL, _SPEC = attrgetter("_local_tensor"), attrgetter("_spec")
+_DICTIONARIES = attrgetter("_parameters", "_buffers", "_modules")
 
 
 class Watch:
     """Tells whether a model still consists of the same modules and tensors. It reads no tensor's values.
 
-    It holds the model's parts, but not the model itself. A look in C compares all names, objects, addresses, dtypes,
-    shapes and strides. Without the C library, or with POLYAK_WATCH=python in the environment, Python compares the
-    addresses of tensors and the identity of everything else, which takes several times as long. It does not see
-    another shape or other strides at the same address, as of `parameter.data = parameter.data.t()`, another tensor
-    object in the same memory, or other names: those are left to the thorough check.
+    It holds the model's parts, but not the model itself. The check in C compares all names, objects, addresses, dtypes,
+    shapes and strides. If C cannot be used, or with POLYAK_WATCH=python in the environment, Python compares the
+    addresses of tensors and the identity of everything else, which takes several times as long. It does not detect
+    another shape or other strides at the same address, as after `parameter.data = parameter.data.t()`, or other names:
+    those are left to the thorough check. Both accept another tensor object in the same memory until that check.
 
     Attributes:
         note: why the look is made in Python; empty if it is made in C.
@@ -36,14 +35,17 @@ class Watch:
         modules = list(model.modules())
         self._inner = modules[1:]
         self._dictionaries = _dictionaries([model, *self._inner])
-        self.note = _why_in_python()
+        self._sharded = [tensor for tensor in _values(chain.from_iterable(self._dictionaries)) if _is_sharded(tensor)]
+        self._specs = list(map(_SPEC, self._sharded))
+        self.note = why_not_in_c()
         self._parts: Look | _Comparison = _Comparison(modules) if self.note else self._look(modules)
 
     def _look(self, modules: Sequence[nn.Module]) -> Look | _Comparison:
-        holders = list(chain.from_iterable(self._dictionaries))
+        way, holders = tried_way(), list(chain.from_iterable(self._dictionaries))
+        assert way is not None
         tensors = [value for value in _values(holders) if isinstance(value, Tensor)]
         try:
-            return Look(holders, {id(tensor): local(tensor) for tensor in tensors if is_plain(local(tensor))})
+            return Look(holders, {id(tensor): local(tensor) for tensor in tensors if is_plain(local(tensor))}, way)
         except ValueError as error:
             self.note = str(error)
             return _Comparison(modules)
@@ -55,34 +57,30 @@ class Watch:
     def is_unchanged(self, model: nn.Module) -> bool:
         """Whether a walk through the model would certainly find what it found when this was made.
 
-        Beyond `is_current`, the modules' own dictionaries must be the same objects. False if the look is Python's.
+        Beyond `is_current`, the modules' own dictionaries and the specifications of DTensors must be the same objects,
+        and no tensor may have given way to another one in the same memory. False for the check in Python.
 
         Args:
             model: the one that this was made for.
         """
-        if self.note or not self.is_current():
+        if not isinstance(self._parts, Look) or not self._parts.is_same() or self._parts.has_followed:
             return False
         found = chain.from_iterable(_dictionaries([model, *self._inner]))
-        return all(map(is_, found, chain.from_iterable(self._dictionaries)))
+        return all(map(is_, found, chain.from_iterable(self._dictionaries))) and all(
+            map(is_, map(_SPEC, self._sharded), self._specs)
+        )
 
 
 def _dictionaries(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], ...]]:
-    return [_DICTIONARIES(vars(module)) for module in modules]
+    return list(map(_DICTIONARIES, modules))
 
 
-def _why_in_python() -> str:
-    asked = os.environ.get("POLYAK_WATCH", "")
-    if asked not in ("", "python"):
-        raise ValueError(f"POLYAK_WATCH={asked!r}: it is 'python', or not set")
-    if asked:
-        return "POLYAK_WATCH=python asks for it"
-    if "native" not in allowed_kernels():
-        return "POLYAK_KERNELS leaves out native"
-    return "" if can_look() else "there is no C library, or it cannot ask this Python and torch"
+def _is_sharded(value: object) -> bool:
+    return isinstance(value, Tensor) and is_sharded(value)
 
 
 class _Comparison:
-    """The same in Python, as far as it is fast: addresses of tensors, and the identity of everything else."""
+    """The check in Python: addresses of tensors, and the identity of everything else."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._children = [module._modules for module in modules if module._modules]

@@ -2,7 +2,6 @@
 
 from .checksum import Checksums as Checksums
 from .checksum import checksums as checksums
-from .choice import allowed_kernels as allowed_kernels
 from .copies import Copies as Copies
 from .eager import copy_ as copy_
 from .finite import FiniteTest as FiniteTest
@@ -17,14 +16,15 @@ from .halves import raw_inside as raw_inside
 from .journal import Journal as Journal
 from .journal import exchange as exchange
 from .journal import take_no_memory as take_no_memory
-from .memory import counted_together as counted_together
 from .memory import identity as identity
 from .memory import is_freed as is_freed
 from .memory import is_plain as is_plain
 from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
 from .native import Look as Look
-from .native import can_look as can_look
+from .native import Versions as Versions
+from .native import tried_way as tried_way
+from .native import why_not_in_c as why_not_in_c
 from .pieces import flat_parts as flat_parts
 from .pieces import is_dense as is_dense
 from .pieces import parts_of as parts_of

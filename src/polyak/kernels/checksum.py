@@ -20,7 +20,7 @@ class Checksums:
     """The sums of the bits of tensors, planned once and taken many times.
 
     Args:
-        tensors: they must stay where they are.
+        tensors: their addresses must not change.
 
     Example:
         >>> tensor = torch.tensor([1, 2])
@@ -70,7 +70,7 @@ def _checksums(tensors: Sequence[Tensor]) -> list[int]:
 
 def _checksum(tensor: Tensor) -> Tensor:
     # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken in small parts. A GPU makes no
-    # copy, and each part takes launches.
+    # copy, but each part costs launches.
     most = PART_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
     first, *others = (_bits(part).sum(dtype=torch.int64) for part in parts_of(tensor, most=most))
     return torch.stack([first, *others]).sum() if others else first

@@ -111,7 +111,7 @@ class Staged:
     def _stochastic(self, batch: Batch, averages: list[Tensor], weight: float, random: Tensor) -> None:
         source, average = (flat[: batch.num_elements] for flat in self._scratch)
         if weight == 1.0:
-            # A NaN whose upper 16 bits are those of an infinity would become one.
+            # A NaN with bits in its lower half only would be truncated to an infinity.
             high, low = source.masked_fill(source.isnan(), torch.nan), torch.zeros_like(source)
         else:
             copy_(like(batch.scratch, average), averages)

@@ -32,7 +32,7 @@ class Journal:
         return self._num_done > 0
 
     def begin_again(self) -> None:
-        """Lets all of it be done once more."""
+        """Allows another run from the beginning."""
         for operation in self._operations:
             if isinstance(operation, native.Call):
                 operation.begin_again()
@@ -47,7 +47,7 @@ class Journal:
 
 
 def take_no_memory(operations: Sequence[Operation]) -> bool:
-    """Whether operations of `exchange` and its like can be kept at no cost: those that are not in C have scratch."""
+    """Whether keeping these operations costs no memory: those that are not in C hold scratch buffers."""
     return all(isinstance(operation, native.Call) for operation in operations)
 
 

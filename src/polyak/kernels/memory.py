@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -68,33 +67,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
-def counted_together(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The same memory in tensors that share version counters, so that one call says that all of them have changed.
-
-    A graph that needs one of them as it was notices that any of them has changed.
-
-    Returns:
-        For each tensor another one; and one tensor for each counter, for `torch.autograd.graph.increment_version`.
-
-    Example:
-        >>> (one, other), counters = counted_together([torch.zeros(2), torch.ones(3)])
-        >>> before = one._version, other._version
-        >>> torch.autograd.graph.increment_version(counters)
-        >>> one._version - before[0], other._version - before[1]
-        (1, 1)
-    """
-    counters: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-    made: list[Tensor] = []
-    for tensor in tensors:
-        kind = tensor.dtype, tensor.device
-        if kind not in counters:
-            counters[kind] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        # A tensor made of another one shares its counter, also after `set_` has given it other memory.
-        made.append(cast("Any", torch.Tensor._make_subclass(Tensor, counters[kind])).set_(tensor))
-    return made, list(counters.values())
-
-
 def span(tensor: Tensor) -> tuple[int, int]:
     """The address of the first byte of a plain tensor, and the one after its last."""
     start = tensor.data_ptr()
@@ -102,7 +74,7 @@ def span(tensor: Tensor) -> tuple[int, int]:
 
 
 def _reach(tensor: Tensor) -> int:
-    """How many elements the last one is from the first."""
+    """The distance in memory from the first element to the last, in elements."""
     if tensor.is_contiguous():
         return tensor.numel() - 1
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -17,14 +17,14 @@ An average `a` of 16 bits and a source `s` give `high = lerp(a, s, weight)` in f
     low = factor * (s - a) - (high - base)    with base = a, factor = weight        for weight < 1/2
                                               with base = s, factor = weight - 1    from there on
 
-Without `low` an average would stop as near to its source as one in float32 does. The result is one of the two numbers
+Without `low` an average would get no nearer to its source than one in float32. The result is one of the two numbers
 of 16 bits around `high + low`. For bfloat16, with the bits of `high` as an integer:
 
     carry  = floor(fraction + lower half / 2 ** 16), at least -1
     result = (bits of high + carry + upper half) >> 16
 
 `fraction` is `low` in units of the last bit that `high` has in float32, positive if it points away from zero. If it
-points to zero from a power of two, that unit is half as large. Their sum is kept to 16 bits after the point, rounded
+points to zero from a power of two, that unit is half as large. The sum in `carry` has 16 bits after the point, rounded
 to nearest, ties to even. For float16 the shift is 13, and only 13 bits of the upper half count; numbers below 2 ** -14
 are first rounded to multiples of 2 ** -37, and `low` takes over the difference.
 
@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15
-DRAW = 2  # the version of the way to draw. States hold it: under another one they could not resume bit for bit.
+DRAW = 2  # the version of the random bits; states hold it, because under another one they could not resume bit for bit
 _MASK_64 = (1 << 64) - 1
 _MASK_32 = (1 << 32) - 1
 _MAGNITUDE = 0x7FFFFFFF

@@ -60,7 +60,7 @@ class Guard:
         self._copies.run(self._control)
 
     def note(self) -> None:
-        """Lets `new_bad_names` know of the steps so far, once the device has made them; not inside of a capture."""
+        """Makes `new_bad_names` know of the steps so far, once the device has made them; not during a capture."""
         self._control.note_skipped()
 
     def new_bad_names(self) -> list[str]:

@@ -15,7 +15,7 @@ from polyak.collectives import meshes_of
 from polyak.entries import Entry
 from polyak.errors import StateError, listed
 from polyak.gathering import gathering
-from polyak.kernels import Copies, FiniteTest, Plan, Row, can_copy, copy_, counted_together, is_dense
+from polyak.kernels import Copies, FiniteTest, Plan, Row, Versions, can_copy, copy_, is_dense
 from polyak.replicas import Replicas, Share
 from polyak.store.guard import Guard
 from polyak.store.host import Host
@@ -60,7 +60,6 @@ class LocalStore:
         self.lent = lent
         self.guard: Guard | None = None
         self._host: Host | None = None
-        self._counters: list[Tensor] = []
         self._device = device
         self._entries: Sequence[Entry] | None = None
         if device is not None and device.type == "meta":
@@ -83,43 +82,17 @@ class LocalStore:
         self.swap: Swap | None = None
         self.pending = dict.fromkeys(self.averages, 0.0)
         self.bind(entries)
-        if lent:
-            self.lend()
         self.begin()
-
-    def lend(self) -> None:
-        """Lets modules hold the averages themselves: graphs that need them as they were notice each update.
-
-        The averages of parameters get version counters in common, so that this costs an update no time. Buffers keep
-        their own, for a module in training mode writes to them while a graph holds its parameters.
-        """
-        self.lent = True
-        if self._counters:
-            return
-        places = [
-            (averages, name) for averages in self.averages.values() for name in averages if name in self._parameters
-        ]
-        tensors, self._counters = counted_together([averages[name] for averages, name in places])
-        for (averages, name), tensor in zip(places, tensors, strict=True):
-            averages[name] = tensor
-        self._swaps.clear()
-        self._written = self._list_written()
-
-    def _list_written(self) -> list[Tensor]:
-        """What to count a change of, for all that an update writes to."""
-        counted = self._parameters if self._counters else set[str]()
-        averages = [t for averages in self.averages.values() for name, t in averages.items() if name not in counted]
-        return [*self._counters, *averages, *self.copies.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         self.catch_up()
         # A plan holds addresses, which are this object's alone.
-        derived = {"plan", "guard", "_host", "_copy_pairs", "_copying", "_written", "_finite_test", "_entries"}
-        derived |= {"_counters", "_swaps"}
+        derived = {"plan", "guard", "_host", "_copy_pairs", "_copying", "_finite_test", "_entries"}
+        derived |= {"_versions", "_swaps"}
         return {key: value for key, value in vars(self).items() if key not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _entries=None, guard=None, _host=None, _counters=[])
+        vars(self).update(state, _entries=None, guard=None, _host=None)
         self._plan_updates()
 
     def again(self, entries: Sequence[Entry]) -> LocalStore:
@@ -215,7 +188,7 @@ class LocalStore:
         self.plan = Plan(rows, seed=self.modes.seed) if self._host is None else self._host.plan
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
         self._copying = Copies(*self._copy_pairs)
-        self._written = self._list_written()
+        self._versions: Versions | None = None
         self._finite_test: FiniteTest | None = None
         if self.guard is not None:
             self.catch_up()
@@ -280,7 +253,10 @@ class LocalStore:
             self.pending = dict.fromkeys(self.pending, 0.0)
         if self.lent:
             # So that a graph which was built on an average before, and needs it as it was, raises and does not mislead.
-            torch.autograd.graph.increment_version(self._written)
+            if self._versions is None:
+                averages = [tensor for averages in self.averages.values() for tensor in averages.values()]
+                self._versions = Versions([*averages, *self.copies.values()])
+            self._versions.count_change()
         return True
 
     def decides_late(self, number: int) -> bool:
@@ -349,10 +325,10 @@ class LocalStore:
         """
         assert self.swap is None
         self.settle()
-        kept = profile, aside, frozenset(buffers)
-        if kept in self._swaps:
-            self._swaps[kept].begin_again()
-            return self._swaps[kept]
+        key = profile, aside, frozenset(buffers)
+        if key in self._swaps:
+            self._swaps[key].begin_again()
+            return self._swaps[key]
         averages = {**self.averages[profile], **self.copies}
         pairs = {name: (self._sources[name], averages[name]) for name in averages}
         with torch.inference_mode(False):
@@ -361,7 +337,7 @@ class LocalStore:
             room = {} if self._host is None else self._host.room
             swap = Swap(pairs, buffers=frozenset(buffers), aside=aside, room=room, whole=whole)
         if swap.is_light:
-            self._swaps[kept] = swap
+            self._swaps[key] = swap
         return swap
 
     def swap_in(self, swap: Swap) -> None:
@@ -407,7 +383,6 @@ class LocalStore:
         """Takes other tensors, of the same names and shapes, as those of the only profile, and as the copies."""
         (profile,) = self.averages
         self._entries = None
-        self._counters = []
         self.settle()
         for name in self.averages[profile]:
             self.averages[profile][name] = tensors[name]

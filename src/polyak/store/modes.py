@@ -52,8 +52,6 @@ class Modes:
         kept = average_dtype(source.dtype) if self.dtype is None else self.dtype
         if source.is_complex() and not kept.is_complex:
             kept = torch.complex128 if kept == torch.float64 else torch.complex64
-        if kept == source.dtype and device is None:
-            return torch.empty_like(source)
         return torch.empty_like(source, dtype=kept, device=device)
 
     def second_of(self, average: Tensor) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from polyak.kernels import (
     Checksums,
     Journal,
+    Versions,
     average_inside,
     copy_,
     exchange,
@@ -45,7 +46,7 @@ class Swap:
     with `aside`, the source's values are kept in `room` or new memory, and the average stays in the store as it is.
 
     Attributes:
-        is_light: whether it can be kept for the next swap at no cost.
+        is_light: whether keeping it for the next swap costs no memory.
 
     Args:
         pairs: source and average by name.
@@ -89,7 +90,7 @@ class Swap:
         # The sum of each parameter's bits, as the average put them there.
         self._sums: list[int] | None = None
         self._changed: list[str] = []
-        self._counted = [tensor for pair in pairs.values() for tensor in pair if not tensor.is_inference()]
+        self._versions = Versions([tensor for pair in pairs.values() for tensor in pair])
         self.is_light = whole is None and self._kept.keys() <= room.keys() and take_no_memory([*there, *enter])
 
     def _names(self, way: _Way) -> list[str]:
@@ -103,7 +104,7 @@ class Swap:
         return {name: source for name, source in sources.items() if name not in self._buffers}
 
     def begin_again(self) -> None:
-        """Makes it a new swap of the same pairs, after it was left."""
+        """Allows another swap of the same pairs, after this one was left."""
         self._in.begin_again()
         self._out.begin_again()
         self._sums, self._changed = None, []
@@ -124,7 +125,7 @@ class Swap:
 
     def _note_changes(self) -> None:
         """So that a graph which needs a tensor as it was raises, whichever kernel wrote to it."""
-        torch.autograd.graph.increment_version(self._counted)
+        self._versions.count_change()
 
     def _look(self) -> None:
         if self._sums is not None:

@@ -1,4 +1,4 @@
-"""Arithmetic on bits for the kernels in Triton: fused sums, float formats, random bits, rounding by chance.
+"""Arithmetic on bits for the kernels in Triton: fused sums, float formats, random bits, stochastic rounding.
 
 The definitions are those of `rounding`; here they are 32-bit operations, of which a memory-bound kernel on an H200 has
 about twenty an element to spend.
@@ -14,7 +14,7 @@ import triton.language as tl
 _SIGN = tl.constexpr(-0x80000000)
 # The bits of 2 ** 23 + 2 ** 16. From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's.
 _OFFSET = tl.constexpr(0x4B010000)
-# What a carry and an upper half have too much of it.
+# Its upper half. `_carry` returns the carry plus this.
 _CARRIED = tl.constexpr(0x4B01)
 
 
@@ -90,7 +90,7 @@ def random_bits(pairs, lower, upper):
 
 @triton.jit
 def halves(words, is_odd):
-    """The upper and the lower half of each element's random bits, as int32 and with the bits of `_OFFSET`.
+    """The upper and the lower half of each element's random bits, as int32, with the bits of `_OFFSET` set.
 
     An element at an odd place has the halves of its pair's word swapped.
     """
@@ -118,7 +118,7 @@ def round_bfloat16(high, low, upper, lower):
     inner = words + ((words ^ low.to(tl.int32, bitcast=True)) >> 31)
     # With its sign, 2 ** (126 - e) for the biased exponent e of `inner`; times 2 ** 23, half the inverse of a last bit.
     power = ((253 << 23) - (inner & -0x800000)).to(tl.float32, bitcast=True)
-    # Without what it has too much, at least -1; less what the upper half has too much.
+    # The carry, at least -1, less the `_OFFSET` that `upper` contains.
     carry = tl.maximum(_carry(low * 8388608.0 * power, lower) - (_CARRIED + _OFFSET), -1 - _OFFSET)
     rounded = words + upper + carry
     return (tl.where(tl.abs(high) < 8.507059173023462e37, rounded, words) >> 16).to(tl.int16)
@@ -129,13 +129,13 @@ def round_float16(high, low, upper, lower):
     """`high + low` stochastically rounded to float16, as int16; the halves are as from `halves`."""
     words = high.to(tl.int32, bitcast=True)
     size = tl.abs(high)
-    # Times 2 ** -112, what is subnormal in float16 is subnormal in float32, and the exponents of both are the same.
+    # Scaled by 2 ** -112, a number has the same exponent in both dtypes, and is subnormal in both or in neither.
     shifted = tl.minimum(size, 65504.0) * 1.925929944387236e-34
     lost = size - shifted * 5.192296858534828e33
     outward = (low.to(tl.int32, bitcast=True) ^ (words & _SIGN)).to(tl.float32, bitcast=True) + lost
     shifted_bits = shifted.to(tl.int32, bitcast=True)
     inner = (shifted_bits + (outward.to(tl.int32, bitcast=True) >> 31)) & 0x7F800000
-    # Half the inverse of a last bit; subnormal numbers have that of the first exponent.
+    # Half the inverse of a last bit. Subnormal numbers have the last bit of the smallest normal one.
     power = ((164 << 23) - tl.maximum(inner, 1 << 23)).to(tl.float32, bitcast=True)
     rounded = (shifted_bits + _carry(outward * power, lower)) * 8 + upper
     rounded = tl.minimum(tl.maximum(rounded - (8 * _CARRIED + _OFFSET), 0), 0x7BFF0000)

@@ -56,17 +56,17 @@ class Control:
         torch._foreach_add_(self._each, [*(-growth for growth in growths), -1.0])
 
     def note_skipped(self) -> None:
-        """Lets `num_skipped` know of the updates so far, once the device has made them; not inside of a capture."""
+        """Makes `num_skipped` count the updates so far, once the device has made them; not during a capture."""
         self._skipped.order()
 
     def num_skipped(self) -> int:
-        """Updates skipped up to a `note_skipped` that the device has reached; does not wait for it."""
+        """Updates skipped before the last `note_skipped` that the device has reached; does not wait for it."""
         return self._skipped.read()
 
     def read(self) -> tuple[list[float], int]:
         """What is pending, one a profile, and how many updates were made; waits for the device.
 
-        Afterwards `num_skipped` knows of all updates.
+        Afterwards `num_skipped` counts all updates.
         """
         self.note_skipped()  # before the copies that are waited for, on the same stream
         # Not -0.0 for nothing.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _Event(Protocol):
-    """What is used of a CUDA event."""
+    """The methods of a CUDA event that are used."""
 
     def record(self, stream: torch.cuda.Stream | None) -> None: ...
 
@@ -17,7 +17,7 @@ class _Event(Protocol):
 
 
 class _Over:
-    """The event of a CPU, whose work is over when a call has returned."""
+    """The event of a CPU: always over, because each call returns with its work done."""
 
     def record(self, stream: torch.cuda.Stream | None) -> None:
         pass
@@ -27,16 +27,16 @@ class _Over:
 
 
 def new_event(device: torch.device) -> _Event:
-    """An event of a device; before it is recorded it is over."""
+    """An event of a device; it counts as over until it is recorded."""
     return torch.cuda.Event() if device.type == "cuda" else _Over()
 
 
 class Seen:
-    """A number on a device that only grows, as the host knows it.
+    """What the host knows of a number on a device that only grows.
 
-    Two copies of it may be under way. The first is ordered again only after it has arrived, so that a host which is
-    always ahead learns something. Until then each call orders the second one anew, so that the host knows the last
-    value as soon as the device is done.
+    Two copies to the host may be in flight. The first is ordered again only after it has arrived, so that a host that
+    is always ahead still learns something. Until then each call orders the second one again, so that the host knows
+    the last value as soon as the device is done.
 
     Args:
         number: one int64, in the memory of the device.
@@ -52,7 +52,7 @@ class Seen:
         ]
 
     def order(self) -> None:
-        """Orders a copy of the number on the current stream; not inside of a capture, where no event can be asked."""
+        """Orders a copy of the number on the current stream; not during a capture, where events cannot be queried."""
         self.read()
         target, event = next((copy for copy in self._copies if copy[1].query()), self._copies[1])
         target.copy_(self._number, non_blocking=True)

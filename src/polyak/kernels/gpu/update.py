@@ -90,7 +90,7 @@ def _update(
         key = mix64(step ^ tl.load(record + 1).to(tl.uint64) ^ (part * 0x9E3779B97F4A7C15))
         lower_key = key.to(tl.uint32)
         upper_key = (key >> 32).to(tl.uint32) * 0xC2B2AE35
-        # A chunk for vectors begins at an even place. The compiler sees that two share one word, and draws once.
+        # A chunk for vectors begins at an even place. The compiler sees that two elements share a word, and draws once.
         number = tl.arange(0, BLOCK) if VECTOR > 1 else tl.arange(0, BLOCK) + (place & 1).to(tl.int32)
         pairs = pair.to(tl.uint32) + (number >> 1).to(tl.uint32)
     begin = 0
@@ -110,7 +110,7 @@ def _update(
             if STOCHASTIC:
                 average = _load(address, start, here, mask, FORM - 1, VECTOR)
                 if copied:
-                    # A NaN whose upper 16 bits are those of an infinity would become one.
+                    # A NaN with bits in its lower half only would be truncated to an infinity.
                     high = tl.where(source == source, source, float("nan"))
                     low = tl.zeros_like(source)
                 elif w < 0.5:

@@ -2,7 +2,6 @@
 
 from .compiled import library as library
 from .look import Look as Look
-from .look import can_look as can_look
 from .memory import Call as Call
 from .memory import copy as copy
 from .memory import exchange as exchange
@@ -11,5 +10,8 @@ from .memory import is_reachable as is_reachable
 from .memory import is_usable as is_usable
 from .memory import non_finite as non_finite
 from .memory import sums as sums
+from .trial import tried_way as tried_way
+from .trial import why_not_in_c as why_not_in_c
 from .update import Native as Native
 from .update import is_supported as is_supported
+from .versions import Versions as Versions

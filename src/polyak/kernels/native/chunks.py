@@ -6,6 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class Chunks:
 
 
 def integers(values: Iterable[int]) -> Tensor:
-    """Numbers as int64, on the CPU; a list would take `torch.tensor` several times as long.
+    """A tensor of int64 on the CPU, made several times as fast as by `torch.tensor` from a list.
 
     Example:
         >>> integers([1, 2])
@@ -66,7 +67,8 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
     sizes = integers(row[0].numel() for row in rows)
     before = integers(firsts or [0] * len(rows)) % CHUNK_ELEMENTS
     num_chunks = torch.where(sizes > 0, (before + sizes + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS, 0)
-    row = torch.arange(len(rows), device="cpu").repeat_interleave(num_chunks)
+    # Not by `repeat_interleave`, which waits for threads that a forked process does not have.
+    row = integers(chain.from_iterable(map(repeat, range(len(rows)), map(int, num_chunks))))
     number = torch.arange(len(row), device="cpu") - (num_chunks.cumsum(0) - num_chunks)[row]
     starts = (number * CHUNK_ELEMENTS - before[row]).clamp_(min=0)
     ends = torch.minimum((number + 1) * CHUNK_ELEMENTS - before[row], sizes[row])

@@ -44,18 +44,18 @@ INLINE int vectors(void) { return 0; }
         choices[vectors()] ARGUMENTS;                                                                                  \
     }
 
-/* The chunks of a table, in parts that threads take one after another, and how much work comes before each chunk's end.
+/* The chunks of a table, and how much work comes before the end of each. Threads take parts of it one after another.
  *
- * Each thread gets half of an even share of the work first, and then ever smaller parts of the rest: the first is the
- * same part in most calls, so that what a core has in its own cache stays there, and the last are small enough that no
- * thread waits long for another, however uneven the chunks are or slow a core is.
+ * The first part of each thread is half of its even share; later parts get smaller. The first is the same in most
+ * calls, so that a core finds it in its own cache, and the last are so small that no thread waits long for another,
+ * however uneven the chunks are or slow a core is.
  */
 typedef struct {
     int64_t num_chunks, num_threads;
     const int64_t *ends; /* of each chunk, in elements from the beginning of the first */
 } Work;
 
-#define HALVINGS 5 /* the last of which is not halved any more */
+#define HALVINGS 5 /* the last takes all of the rest */
 
 INLINE int64_t num_parts(const Work *work)
 {

@@ -12,13 +12,13 @@ from typing import Any
 
 from polyak.errors import outside
 
-# Of the functions and structures in C; memory.c has the same number.
+# Of the functions and structures in C; it must equal the number in memory.c.
 _VERSION = 2
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None, with a warning, where the package was installed without them."""
+    """The compiled kernels; None, with a warning, if the package was installed without them or cannot use them."""
     for suffix in EXTENSION_SUFFIXES:
         path = Path(__file__).with_name(f"_native{suffix}")
         if path.exists():
@@ -26,12 +26,12 @@ def library() -> ctypes.CDLL | None:
                 found = ctypes.CDLL(str(path))
                 if found.polyak_version() == _VERSION:
                     return found
-                problem = "it is of another version"
+                problem = "it was built for another version"
             except (AttributeError, OSError) as error:
                 problem = str(error)
             warnings.warn(
                 f"polyak's C kernel cannot be used ({problem}); torch's own operations do the same, more slowly. "
-                "Install polyak again to build it anew",
+                "Reinstall polyak to rebuild it",
                 stacklevel=outside(),
             )
             return None

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-# A thread more for each of these: waking one costs about as much as that many elements.
+# Elements for each further thread: waking a thread costs about as much as updating that many.
 ELEMENTS_PER_THREAD = 1 << 15
 # A call over at most this many elements is faster alone than with a thread that is waited for.
 _SMALL = 1 << 23
@@ -25,7 +25,7 @@ class Crew:
     however little there was to do. So the small calls after such a wait are made alone. Their number doubles if the
     next wait comes soon after them.
 
-    A forked process has one thread: those of its parent are gone, and the OpenMP runtime would wait for them forever.
+    A forked process gets one thread: it has none of its parent's, and the OpenMP runtime would wait for them forever.
     """
 
     def __init__(self) -> None:
@@ -35,10 +35,10 @@ class Crew:
         self._in_time = 0
 
     def size(self, num_elements: int) -> int:
-        """The threads for a call over so many elements."""
+        """The number of threads for a call over `num_elements`."""
         if num_elements < ELEMENTS_PER_THREAD or self._is_forked:
             return 1
-        if self._alone and num_elements <= _SMALL:
+        if self._alone > 0 and num_elements <= _SMALL:
             self._alone -= 1
             return 1
         return min(torch.get_num_threads(), 1 + num_elements // ELEMENTS_PER_THREAD)
@@ -55,7 +55,7 @@ class Crew:
         self._in_time = 0
 
     def note_fork(self) -> None:
-        """Notes that this process is a forked one."""
+        """Notes that this process was forked."""
         self._is_forked = True
 
 

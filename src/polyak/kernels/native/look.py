@@ -1,227 +1,138 @@
-"""A look, in C, at whether dictionaries hold what they held, and tensors lie where and as they lay.
-
-All but one of the facts that it relies on are promised by Python's stable ABI and by torch's C shim. The other is how
-many bytes into a tensor's Python object the C++ tensor is. That is found when the first look is made, and proven by
-trial: tensors are changed in every way that matters, and each change must be seen. Where that fails, there is no look.
-"""
+"""A check in C that dictionaries still hold the same objects, and tensors the same memory, dtypes and layouts."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
-import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from polyak.kernels.native.compiled import library
+from polyak.kernels.memory import is_plain
 from polyak.kernels.native.crew import CREW, ELEMENTS_PER_THREAD
+from polyak.kernels.native.way import COUNT, POINTER, Way, words
 
-_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_PYTHON = ("PyDict_Size", "PyDict_Next", "PyObject_GetAttr", "Py_DecRef", "PyErr_Clear")
-_TORCH = ("data_ptr", "dim", "sizes", "strides", "dtype")
-# Entries of a dictionary that one thread takes at once, and what an entry costs beside an element of an update.
+# Entries of a dictionary that one thread takes at once; and what an entry costs, in elements of an update.
 _STRETCH = 64
 _ELEMENTS_PER_ENTRY = 64
-# It is held here, for C is given its address.
-_LOCAL_TENSOR = sys.intern("_local_tensor")
 
 
 # The fields are those of the structures in look.c.
-class _Api(ctypes.Structure):
-    _fields_ = (*((name, _POINTER) for name in (*_PYTHON, *_TORCH)), ("offset", _COUNT), ("local_tensor", _POINTER))
-
-
 class _Holder(ctypes.Structure):
     _fields_ = (
-        ("dictionary", _POINTER), ("size", _COUNT), ("count", _COUNT), ("first", _COUNT), ("position", _COUNT),
-        ("entries", _POINTER),
+        ("dictionary", POINTER), ("size", COUNT), ("count", COUNT), ("first", COUNT), ("position", COUNT),
+        ("entries", POINTER),
     )  # fmt: skip
 
 
 class _Seen(ctypes.Structure):
     _fields_ = (
-        ("key", _POINTER), ("object", _POINTER), ("plain", _POINTER), ("place", ctypes.c_uint64),
-        ("layout", ctypes.c_uint64), ("implementation", _POINTER), ("storage", _POINTER),
+        ("key", POINTER), ("object", POINTER), ("plain", POINTER), ("type", POINTER), ("place", ctypes.c_uint64),
+        ("layout", ctypes.c_uint64), ("implementation", POINTER), ("storage", POINTER),
     )  # fmt: skip
 
 
 class _Look(ctypes.Structure):
     _fields_ = (
-        ("api", _POINTER), ("holders", _POINTER), ("num_holders", _COUNT), ("seen", _POINTER), ("num_seen", _COUNT),
-        ("num_threads", _COUNT), ("nanoseconds", _COUNT),
+        ("api", POINTER), ("holders", POINTER), ("num_holders", COUNT), ("seen", POINTER), ("num_seen", COUNT),
+        ("start", COUNT), ("num_threads", COUNT), ("nanoseconds", COUNT),
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Way:
-    """How Python and torch are asked, and the functions that begin a look and make it."""
-
-    api: _Api
-    begin: Callable[[int], int]
-    look: Callable[[int], int]
-
-
 class Look:
-    """Dictionaries and what they hold now, to tell later whether it is the same.
+    """What dictionaries hold now, to tell later whether it is still the same.
+
+    Attributes:
+        has_followed: whether another tensor object in the same memory took the place of one.
 
     Args:
         holders: the dictionaries.
-        plain: for each tensor in them whose memory matters, by `id`, the plain tensor that it is, or has here.
-        way: how to look; default: the one that `can_look` has found to work.
+        plain: for each tensor in them whose memory matters, by its `id`: the tensor itself, or the local part of a
+            DTensor.
+        way: how to look.
 
     Raises:
-        ValueError: torch cannot tell where a tensor lies.
+        ValueError: torch cannot tell the address of a tensor.
     """
 
-    def __init__(
-        self, holders: Sequence[dict[str, Any]], plain: Mapping[int, Tensor], *, way: _Way | None = None
-    ) -> None:
-        way = way or _tried_way()
-        assert way is not None
-        items = list(chain.from_iterable(map(dict[str, Any].items, holders)))
-        rows = list(_rows(holders))
+    def __init__(self, holders: Sequence[dict[str, Any]], plain: Mapping[int, Tensor], way: Way) -> None:
+        self.has_followed = False
+        self._places = [(holder, key) for holder in holders for key in dict[str, Any].keys(holder)]
         # Addresses stay valid as long as these live.
-        self._held: list[object] = [holders, items, list(plain.values()), way]
+        self._values = [dict[str, Any].get(holder, key) for holder, key in self._places]
+        self._held: list[object] = [list(plain.values()), way]
+        rows = list(_rows(holders))
         self._holders = (_Holder * len(rows))(*rows)
-        words = array("Q")
-        for key, value in items:
-            words.extend(_seen(key, value, plain.get(id(value))))
-        self._seen = (_Seen * len(items)).from_buffer(words) if items else (_Seen * 0)()
+        numbers = array("Q")
+        for (_, key), value in zip(self._places, self._values, strict=True):
+            numbers.extend(_seen(key, value, plain.get(id(value))))
+        self._seen = (_Seen * len(self._values)).from_buffer(numbers) if numbers else (_Seen * 0)()
         self._look = _Look(
             ctypes.addressof(way.api),
-            ctypes.addressof(self._holders), len(rows), ctypes.addressof(self._seen), len(items), 1,
+            ctypes.addressof(self._holders), len(rows), ctypes.addressof(self._seen), len(self._values), 0, 1,
         )  # fmt: skip
         self._address = ctypes.addressof(self._look)
         self._call = way.look
-        # Only the thread that has Python's lock may ask for an attribute, as of a DTensor.
-        is_plain = all(id(tensor) == whole for whole, tensor in plain.items())
-        self._num_elements = _ELEMENTS_PER_ENTRY * len(items) if is_plain else 0
-        if way.begin(self._address) != -1:
-            raise ValueError("torch does not tell where a tensor lies")
+        num_empty = way.begin(self._address)
+        if num_empty < 0:
+            raise ValueError("torch cannot tell the address of a tensor")
+        may_share = num_empty == 0 and all(id(tensor) == whole for whole, tensor in plain.items())
+        self._num_elements = _ELEMENTS_PER_ENTRY * len(self._values) if may_share else 0
 
     def is_same(self) -> bool:
-        """Whether dictionaries hold the same objects under the same keys, and tensors lie where and as they did."""
+        """Whether all keys, objects, addresses, dtypes, shapes and strides are the same.
+
+        Another tensor object of the same memory, dtype and layout is followed, as forward passes make them.
+        """
         if self._num_elements < ELEMENTS_PER_THREAD:
-            return self._call(self._address) == 1
-        threads = self._look.num_threads = CREW.size(self._num_elements)
-        same = self._call(self._address) == 1
-        if threads > 1:
-            CREW.took(self._look.nanoseconds, self._num_elements)
-        return same
+            changed = self._call(self._address)
+        else:
+            threads = self._look.num_threads = CREW.size(self._num_elements)
+            changed = self._call(self._address)
+            if threads > 1:
+                CREW.took(self._look.nanoseconds, self._num_elements)
+        return changed == -1 or self._is_same_from(changed)
+
+    def _is_same_from(self, changed: int) -> bool:
+        look, start = self._look, -1
+        look.num_threads = 1
+        try:
+            # The same entry twice has changed in more than its object.
+            while changed not in (-1, start) and self._follow(changed):
+                look.start = start = changed
+                changed = self._call(self._address)
+            return changed == -1
+        finally:
+            look.start = 0
+
+    def _follow(self, number: int) -> bool:
+        """Takes the tensor object that is there now for the one that was, if it may be one of the same memory."""
+        if number == len(self._values):
+            return False
+        holder, key = self._places[number]
+        value, seen = dict[str, Any].get(holder, key), self._seen[number]
+        if seen.plain != seen.object or not isinstance(value, Tensor) or not is_plain(value):
+            return False
+        _, seen.object, seen.plain, seen.type, *_, seen.implementation, seen.storage = _seen(key, value, value)
+        self._values[number] = value
+        self.has_followed = True
+        return True
 
 
 def _rows(holders: Iterable[dict[str, Any]]) -> Iterator[tuple[int, ...]]:
     """Each dictionary, in stretches that threads can share."""
     first = 0
     for holder in holders:
-        # The fifth word of a dictionary is where it keeps its entries: a guess, by which memory is fetched ahead.
-        entries = _words(holder, 5)[4]
+        # The fifth word of a dictionary is where it keeps its entries. Only prefetched: a wrong guess is harmless.
+        entries = words(holder, 5)[4]
         for start in range(0, max(len(holder), 1), _STRETCH):
             count = min(len(holder) - start, _STRETCH)
-            yield id(holder), len(holder), count, first, 0, entries
+            yield id(holder), len(holder), count, first, start, entries
             first += count
 
 
 def _seen(key: str, value: object, plain: Tensor | None) -> tuple[int, ...]:
     if plain is None:
-        return id(key), id(value), 0, 0, 0, 0, 0
-    return id(key), id(value), id(plain), 0, 0, plain._cdata, plain.untyped_storage()._cdata
-
-
-def _words(value: object, count: int) -> list[int]:
-    return list((ctypes.c_uint64 * count).from_address(id(value)))
-
-
-def can_look() -> bool:
-    """Whether `Look` can be used with this Python and this torch."""
-    return _tried_way() is not None
-
-
-@functools.cache
-def _tried_way() -> _Way | None:
-    """How to look; None if this Python or this torch cannot be asked so, or a change goes unseen."""
-    compiled = library()
-    has_lock = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
-    if compiled is None or not has_lock or ctypes.sizeof(_POINTER) != 8:
-        return None
-    try:
-        way = _find_way(compiled)
-        return way if all(_sees(change, way) for change in _CHANGES) else None
-    except (AttributeError, OSError, ValueError):
-        return None
-
-
-def _find_way(compiled: ctypes.CDLL) -> _Way:
-    shim = ctypes.CDLL(torch._C.__file__)
-    functions = [getattr(ctypes.pythonapi, name) for name in _PYTHON]
-    functions += [getattr(shim, f"aoti_torch_get_{name}") for name in _TORCH]
-    api = _Api(
-        *(ctypes.cast(function, _POINTER).value for function in functions),
-        _offset(torch.zeros(2, device="cpu")),
-        id(_LOCAL_TENSOR),
-    )
-    # Python's lock is kept while these run.
-    with_lock = ctypes.PyDLL(compiled._name)
-    begin, look = with_lock.polyak_begin_look, with_lock.polyak_look
-    begin.argtypes, begin.restype = (_POINTER,), _COUNT
-    look.argtypes, look.restype = (_POINTER,), ctypes.c_int
-    return _Way(api, begin, look)
-
-
-def _offset(tensor: Tensor) -> int:
-    """How many bytes into a tensor's Python object its C++ tensor is: the address that `_cdata` gives."""
-    return 8 * _words(tensor, type(tensor).__basicsize__ // 8).index(tensor._cdata)
-
-
-# torch's stubs know too little of what is called here.
-_Change = Callable[[dict[str, Any], Any, Any], object]
-
-
-def _sees(change: _Change, way: _Way) -> bool:
-    with torch.inference_mode(False), torch.no_grad():
-        one, other = (torch.zeros(2, 3, device="cpu") for _ in range(2))
-        holder: dict[str, Any] = {"one": one, "two": None}
-        look = Look([holder], {id(one): one}, way=way)
-        if look._seen[0].place != one.data_ptr() or not look.is_same():
-            return False
-        change(holder, one, other)
-        return not look.is_same()
-
-
-def _replace_data(_: dict[str, Any], tensor: Tensor, other: Tensor) -> None:
-    tensor.data = other.data
-
-
-def _transpose(_: dict[str, Any], tensor: Tensor, __: Tensor) -> None:
-    tensor.data = tensor.data.t()
-
-
-def _cast(_: dict[str, Any], tensor: Tensor, __: Tensor) -> None:
-    tensor.data = tensor.data.view(torch.int32)
-
-
-def _rename(holder: dict[str, Any], tensor: Tensor, _: Tensor) -> None:
-    holder.clear()
-    holder.update(other=tensor, two=None)
-
-
-# Memory, layout, dtype or the very substance of a tensor is exchanged under its Python object, or a dictionary changes.
-_CHANGES: tuple[_Change, ...] = (
-    _replace_data,
-    _transpose,
-    _cast,
-    _rename,
-    lambda _, tensor, other: tensor.set_(other.data),
-    lambda _, tensor, other: cast("Any", torch.utils).swap_tensors(tensor, other),
-    lambda _, tensor, other: tensor.untyped_storage().resize_(0),
-    lambda holder, _, other: holder.update(one=other),
-    lambda holder, _, other: holder.update(two=other),
-    lambda holder, _, other: holder.update(three=None),
-    lambda holder, _, other: holder.pop("two"),
-)
+        return id(key), id(value), 0, 0, 0, 0, 0, 0
+    return id(key), id(value), id(plain), id(type(plain)), 0, 0, plain._cdata, plain.untyped_storage()._cdata

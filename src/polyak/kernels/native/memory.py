@@ -21,7 +21,7 @@ _ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
 
 
 def is_usable() -> bool:
-    """Whether the library is there and allowed. It is asked once a list of tensors: the environment is slow to read."""
+    """Whether the library exists and is allowed. Ask once for a list of tensors: the environment is slow to read."""
     return "native" in allowed_kernels() and library() is not None
 
 
@@ -58,10 +58,10 @@ class _Table:
 
 
 class Call:
-    """A call over a table of chunks, and what it gives.
+    """A C function over a table of chunks, and its results.
 
-    What must not be done twice notes in its only result, by itself, that it was done, and then does nothing until
-    `begin_again`; others have a result for each chunk, or none.
+    Functions that must not run twice set their only result when they are done, and then do nothing until `begin_again`.
+    The others have a result for each chunk, or none.
 
     Attributes:
         results: int64.
@@ -73,13 +73,13 @@ class Call:
         self.results = torch.zeros(num_results, dtype=torch.int64, device="cpu")
 
     def __call__(self) -> None:
-        """Makes it."""
+        """Runs the function."""
         table = self._table
         table.work.num_threads = CREW.size(table.num_elements)
         self._function(ctypes.addressof(table.work), table.address, self.results.data_ptr())
 
     def begin_again(self) -> None:
-        """Lets it be done once more."""
+        """Allows another run."""
         self.results.zero_()
 
 
@@ -90,12 +90,12 @@ def exchange(rows: Rows) -> tuple[Call, Call]:
 
 
 def copy(rows: Rows) -> Call:
-    """What copies the second tensor of each row into the first, at each call."""
+    """A call that copies the second tensor of each row into the first, each time that it is made."""
     return Call("copy", _Table(rows, in_bytes=True))
 
 
 def exchange_halves(rows: Rows) -> tuple[Call, Call]:
-    """What puts the float32 average of each row into its bfloat16 source, and what undoes it."""
+    """A call that puts the float32 average of each row into its bfloat16 source, and one that undoes it."""
     table = _Table(rows)
     return Call("enter_halves", table), Call("leave_halves", table)
 
@@ -114,7 +114,7 @@ def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
 
 
 def sums(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
-    """What sums the bits of each tensor, read as signed integers, modulo 2 ** 64.
+    """A function that sums the bits of each tensor, read as signed integers, modulo 2 ** 64.
 
     Args:
         tensors: all of one element size, which is 2, 4 or 8 bytes.

@@ -39,7 +39,7 @@ typedef enum { BELOW_HALF, FROM_HALF, COPY } Way; /* the ranges of weights */
 
 INLINE Sum moved(float average, float source, float weight, Way way)
 {
-    if (way == COPY) /* a NaN whose upper 16 bits are those of an infinity would become one */
+    if (way == COPY) /* a NaN with bits in its lower half only would be truncated to an infinity */
         return (Sum){source == source ? source : NAN, 0.0f};
     const float difference = source - average;
     const float base = way == BELOW_HALF ? average : source;

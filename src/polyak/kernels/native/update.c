@@ -18,7 +18,7 @@
 
 #define COLUMNS 4
 
-/* What one call is given, in one structure: Python hands over one argument several times as fast as six. */
+/* The arguments of one call, in one structure: Python passes one argument several times as fast as six. */
 typedef struct {
     Work work;
     const int64_t *table;
