@@ -7,7 +7,8 @@ from setuptools import Extension, setup
 FOLDER = "src/polyak/kernels/native"
 
 # Products and sums are fused where the source says so and nowhere else, so that every kernel has the same bits. OpenMP
-# is not linked: its functions are found in the runtime that torch has loaded, so that there is one set of threads.
+# is not linked: its functions are found in the runtime that torch has loaded, so that there is one set of threads. No
+# bits depend on trapping math, but with it GCC leaves loops that compare numbers without vectors.
 native = Extension(
     "polyak.kernels.native._native",
     [f"{FOLDER}/update.c", f"{FOLDER}/memory.c", f"{FOLDER}/look.c"],

@@ -62,7 +62,7 @@ def mixture_of_experts() -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Updates:
+class UpdateTimes:
     """Milliseconds of one update by contender: warm, after other updates, and cold, after other memory was used."""
 
     title: str
@@ -76,14 +76,14 @@ class Updates:
 
 
 @dataclass(frozen=True)
-class Calls:
+class CallTimes:
     """Milliseconds of rarer calls, by name. The first swap makes tables that later ones use."""
 
     title: str
     times: dict[str, float]
 
 
-def measure_updates(title: str, model: nn.Module, *, rounds: int) -> Updates:
+def measure_updates(title: str, model: nn.Module, *, rounds: int) -> UpdateTimes:
     """All contenders in turn."""
     other = torch.ones(OTHER_BYTES // 4)
     flat = limits.FLAT_FORMS["flat lerp_"](model)
@@ -110,14 +110,14 @@ def measure_updates(title: str, model: nn.Module, *, rounds: int) -> Updates:
                 cold[name].append(milliseconds(each.update))
     finally:
         gc.enable()
-    return Updates(
+    return UpdateTimes(
         title,
         {name: spread(times) for name, times in warm.items()},
         {name: spread(times) for name, times in cold.items()},
     )
 
 
-def measure_calls(count: int, *, rounds: int) -> Calls:
+def measure_calls(count: int, *, rounds: int) -> CallTimes:
     """Medians for a `WeightAverage` of `count` tensors of 32x32."""
     model = small_tensors(count)
     times: dict[str, list[float]] = {}
@@ -139,7 +139,7 @@ def measure_calls(count: int, *, rounds: int) -> Calls:
         note("load_state_dict()", lambda average=average, state=state: average.load_state_dict(state))
         note("weights()", average.weights)
         note("report()", average.report)
-    return Calls(f"{count:,} tensors of 32x32", {name: statistics.median(each) for name, each in times.items()})
+    return CallTimes(f"{count:,} tensors of 32x32", {name: statistics.median(each) for name, each in times.items()})
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class Many:
         calls: on an idle machine.
     """
 
-    crowded: Updates
-    updates: list[Updates]
-    calls: list[Calls]
+    crowded: UpdateTimes
+    updates: list[UpdateTimes]
+    calls: list[CallTimes]
 
     def tables(self) -> list[Table]:
         return [updates_table([*self.updates, self.crowded]), calls_table(self.calls)]
@@ -187,7 +187,7 @@ def measure(*, rounds: int = 30) -> Many:
     return Many(crowded, updates, calls)
 
 
-def updates_table(measured: list[Updates]) -> Table:
+def updates_table(measured: list[UpdateTimes]) -> Table:
     rows = [
         (
             f"{each.title}, {'cold' if cold else 'warm'}",
@@ -206,7 +206,7 @@ def updates_table(measured: list[Updates]) -> Table:
     )
 
 
-def calls_table(measured: list[Calls]) -> Table:
+def calls_table(measured: list[CallTimes]) -> Table:
     names = list(measured[0].times)
     return Table(
         title="Rarer calls, median ms",
