@@ -241,6 +241,16 @@ class TestAnotherObjectInTheSameMemory:
         average.update()
         assert torch.equal(live.weight, torch.full((3,), 2.0))
 
+    def test_that_is_read_otherwise_is_a_change(self, way):
+        if way == "python":
+            pytest.skip("Python's check compares addresses alone")
+        model = zoo.MODELS["complex"]()
+        average = polyak.WeightAverage(model, polyak.Exponential(0.5))
+        first = model.weight.detach().clone()
+        model.weight = nn.Parameter(model.weight.data.conj())
+        average.update()
+        assert torch.equal(average.weights()["weight"].resolve_conj(), torch.complex(first.real, 0 * first.imag))
+
     def test_many_at_once(self):
         model = many(1000)
         average = polyak.WeightAverage(model, polyak.Exponential(0.5))

@@ -60,7 +60,7 @@ class Look:
         self.has_followed = False
         self._places = [(holder, key) for holder in holders for key in dict[str, Any].keys(holder)]
         # Addresses stay valid as long as these live.
-        self._values = [dict[str, Any].get(holder, key) for holder, key in self._places]
+        self._values: list[Any] = [dict[str, Any].get(holder, key) for holder, key in self._places]
         self._held: list[object] = [list(plain.values()), way]
         rows = list(_rows(holders))
         self._holders = (_Holder * len(rows))(*rows)
@@ -111,8 +111,10 @@ class Look:
         if number == len(self._values):
             return False
         holder, key = self._places[number]
-        value, seen = dict[str, Any].get(holder, key), self._seen[number]
+        value, known, seen = dict[str, Any].get(holder, key), self._values[number], self._seen[number]
         if seen.plain != seen.object or not isinstance(value, Tensor) or not is_plain(value):
+            return False
+        if value.is_conj() != known.is_conj() or value.is_neg() != known.is_neg():
             return False
         _, seen.object, seen.plain, seen.type, *_, seen.implementation, seen.storage = _seen(key, value, value)
         self._values[number] = value
