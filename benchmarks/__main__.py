@@ -76,7 +76,7 @@ def measure_updates(shown: Shown, suites: str, shapes: str, contenders: str, rou
                 shown.say(f"{suite.title}, {shape.title}: left out ({type(error).__name__}: {error})")
                 continue
             shown.measurements.append(measurement)
-            shown.verdicts = verdicts(shown.measurements)
+            shown.verdicts = [*verdicts(shown.measurements), *many_verdicts(shown)]
             shown.show(tables.update_table(measurement))
     if device.type == "cuda":
         shown.verdicts.append(one_launch())
@@ -114,11 +114,11 @@ def main(
     console = Console(width=WIDTH)
     for where in [device] if device else devices():
         shown = Shown(console, where, FOLDER if write else None)
+        if where == "cpu" and small:
+            measure_many(shown)
         measure_updates(shown, suites, shapes, contenders, rounds)
         shown.account = account.measure(device=where)
         shown.show(tables.account_table(shown.account))
-        if where == "cpu" and small:
-            measure_many(shown)
         if curves:
             shown.curves += scaling.curves(where)
             for curve in shown.curves:
@@ -133,11 +133,15 @@ def main(
 
 
 def measure_many(shown: Shown) -> None:
-    """Many small tensors on a CPU."""
+    """Many small tensors on a CPU: first, while memory is in one piece, as it is when a training run begins."""
     shown.many = many.measure()
     for table in shown.many.tables():
         shown.show(table)
-    shown.verdicts += many.verdicts(shown.many)
+    shown.verdicts = many_verdicts(shown)
+
+
+def many_verdicts(shown: Shown) -> list[Verdict]:
+    return list(many.verdicts(shown.many)) if shown.many else []
 
 
 def measure_the_rest(shown: Shown, *, errors: bool, steps: int, imports: int) -> None:

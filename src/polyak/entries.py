@@ -265,7 +265,7 @@ def _decide(sites: Sequence[Site], rules: Rules, include_frozen: bool) -> tuple[
         if any(_matches(key, site) for site in sites):
             return action, f"rule {key if isinstance(key, str) else getattr(key, '__name__', key)!s}"
     tensor = sites[0].tensor
-    is_parameter = any(site.is_parameter for site in sites)
+    is_parameter = sites[0].is_parameter or any(site.is_parameter for site in sites)
     if not is_parameter and not is_plain(local(tensor)):
         return "skip", f"buffer of layout {tensor.layout}"
     if not is_parameter and overlaps_itself(local(tensor)):
@@ -326,7 +326,7 @@ def _check_initialised(site: Site, *, may_be_empty: bool) -> None:
 
 def _check_averageable(entry: Entry) -> None:
     tensor = entry.local
-    is_usual = entry.sharding is None and is_plain(tensor) and not overlaps_itself(tensor)
+    is_usual = entry.sharding is None and is_plain(tensor) and (tensor.is_contiguous() or not overlaps_itself(tensor))
     if entry.action == "skip" or (is_usual and (entry.action == "copy" or tensor.dtype in AVERAGEABLE)):
         return
 

@@ -214,7 +214,7 @@ class Source:
 def _view(tensor: Tensor) -> tuple[object, ...]:
     here = local(tensor)
     place = (here.data_ptr(), here.stride()) if is_plain(here) else ()
-    return place if is_plain(tensor) else (id(tensor), *place)
+    return place if here is tensor and place else (id(tensor), *place)
 
 
 def _check_still_frozen(name: str, tensor: Tensor) -> None:

@@ -35,17 +35,20 @@ class Watch:
         modules = list(model.modules())
         self._inner = modules[1:]
         self._dictionaries = _dictionaries([model, *self._inner])
-        self._sharded = [tensor for tensor in _values(chain.from_iterable(self._dictionaries)) if _is_sharded(tensor)]
-        self._specs = list(map(_SPEC, self._sharded))
+        self._sharded: list[Tensor] = []
+        self._specs: list[object] = []
         self.note = why_not_in_c()
         self._parts: Look | _Comparison = _Comparison(modules) if self.note else self._look(modules)
 
     def _look(self, modules: Sequence[nn.Module]) -> Look | _Comparison:
         way, holders = tried_way(), list(chain.from_iterable(self._dictionaries))
         assert way is not None
-        tensors = [value for value in _values(holders) if isinstance(value, Tensor)]
+        tensors = {id(value): value for value in _values(holders) if isinstance(value, Tensor)}
+        locals_ = {number: local(tensor) for number, tensor in tensors.items()}
+        self._sharded = [tensor for number, tensor in tensors.items() if tensor is not locals_[number]]
+        self._specs = list(map(_SPEC, self._sharded))
         try:
-            return Look(holders, {id(tensor): local(tensor) for tensor in tensors if is_plain(local(tensor))}, way)
+            return Look(holders, {number: tensor for number, tensor in locals_.items() if is_plain(tensor)}, way)
         except ValueError as error:
             self.note = str(error)
             return _Comparison(modules)
@@ -73,10 +76,6 @@ class Watch:
 
 def _dictionaries(modules: Sequence[nn.Module]) -> list[tuple[dict[str, Any], ...]]:
     return list(map(_DICTIONARIES, modules))
-
-
-def _is_sharded(value: object) -> bool:
-    return isinstance(value, Tensor) and is_sharded(value)
 
 
 class _Comparison:

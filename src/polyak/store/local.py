@@ -206,8 +206,8 @@ class LocalStore:
         return Host(transfer, rows, self.copies, seed=self.modes.seed, ledger=ledger)
 
     def _row(self, name: str) -> Row:
-        averages = tuple(averages[name] for averages in self.averages.values())
-        seconds = tuple(seconds[name] for seconds in self.seconds.values() if name in seconds)
+        averages = tuple([averages[name] for averages in self.averages.values()])
+        seconds = tuple([seconds[name] for seconds in self.seconds.values() if name in seconds])
         key, sharding = self.modes.key_of(name, averages[0]), self.shardings.get(name)
         if key is not None and sharding is not None:
             return Row(name, self._sources[name], averages, seconds, key, sharding.first, sharding.stride)

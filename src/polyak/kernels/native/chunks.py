@@ -64,7 +64,8 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
         rows: tensors that belong together.
         firsts: for each row the number of its first element in a whole, whose chunks it shares. Default: 0.
     """
-    sizes = integers(row[0].numel() for row in rows)
+    columns = list(zip(*rows, strict=True))
+    sizes = integers(map(Tensor.numel, columns[0]))
     before = integers(firsts or [0] * len(rows)) % CHUNK_ELEMENTS
     num_chunks = torch.where(sizes > 0, (before + sizes + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS, 0)
     # Not by `repeat_interleave`, which waits for threads that a forked process does not have.
@@ -72,7 +73,6 @@ def cut_into_chunks(rows: Sequence[Sequence[Tensor]], firsts: Sequence[int] | No
     number = torch.arange(len(row), device="cpu") - (num_chunks.cumsum(0) - num_chunks)[row]
     starts = (number * CHUNK_ELEMENTS - before[row]).clamp_(min=0)
     ends = torch.minimum((number + 1) * CHUNK_ELEMENTS - before[row], sizes[row])
-    width = len(rows[0])
-    bases = integers(tensor.data_ptr() for each in rows for tensor in each).view(-1, width)
-    widths = integers(tensor.element_size() for each in rows for tensor in each).view(-1, width)
+    bases = torch.stack([integers(map(Tensor.data_ptr, column)) for column in columns], dim=1)
+    widths = torch.stack([integers(map(Tensor.element_size, column)) for column in columns], dim=1)
     return Chunks(row, starts, ends - starts, bases[row] + starts[:, None] * widths[row])

@@ -58,15 +58,18 @@ class Look:
 
     def __init__(self, holders: Sequence[dict[str, Any]], plain: Mapping[int, Tensor], way: Way) -> None:
         self.has_followed = False
-        self._places = [(holder, key) for holder in holders for key in dict[str, Any].keys(holder)]
         # Addresses stay valid as long as these live.
-        self._values: list[Any] = [dict[str, Any].get(holder, key) for holder, key in self._places]
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._values: list[Any] = []
         self._held: list[object] = [list(plain.values()), way]
         rows = list(_rows(holders))
         self._holders = (_Holder * len(rows))(*rows)
         numbers = array("Q")
-        for (_, key), value in zip(self._places, self._values, strict=True):
-            numbers.extend(_seen(key, value, plain.get(id(value))))
+        for holder in holders:
+            for key, value in dict[str, Any].items(holder):
+                self._places.append((holder, key))
+                self._values.append(value)
+                numbers.extend(_seen(key, value, plain.get(id(value))))
         self._seen = (_Seen * len(self._values)).from_buffer(numbers) if numbers else (_Seen * 0)()
         self._look = _Look(
             ctypes.addressof(way.api),
