@@ -125,6 +125,10 @@ def main(
                 shown.show(tables.curve_table(curve))
         if where == "cpu":
             measure_the_rest(shown, errors=errors, steps=error_steps, imports=imports)
+        if where == "cpu" and small:
+            shown.crowded = many.measure_crowded()
+            shown.show(many.updates_table([shown.crowded]))
+            shown.verdicts.append(many.crowded_verdict(shown.crowded))
         if shown.verdicts:
             shown.show(tables.verdict_table(shown.verdicts))
             if any(each.suite is FLOAT32 for each in shown.measurements):

@@ -144,20 +144,13 @@ def measure_calls(count: int, *, rounds: int) -> CallTimes:
 
 @dataclass(frozen=True)
 class Many:
-    """All of it.
+    """On an idle machine."""
 
-    Attributes:
-        crowded: updates beside processes that keep all cores busy.
-        updates: on an idle machine.
-        calls: on an idle machine.
-    """
-
-    crowded: UpdateTimes
     updates: list[UpdateTimes]
     calls: list[CallTimes]
 
     def tables(self) -> list[Table]:
-        return [updates_table([*self.updates, self.crowded]), calls_table(self.calls)]
+        return [updates_table(self.updates), calls_table(self.calls)]
 
 
 @contextmanager
@@ -180,11 +173,13 @@ def measure(*, rounds: int = 30) -> Many:
         measure_updates("1500 tensors of 24x24 in 750 modules", linear_modules(), rounds=rounds),
         measure_updates("12,060 tensors in 19,741 modules", mixture_of_experts(), rounds=max(rounds // 4, 3)),
     ]
-    calls = [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)]
-    # Last, because updates that had to wait make the next ones run on one thread.
+    return Many(updates, [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)])
+
+
+def measure_crowded(*, rounds: int = 30) -> UpdateTimes:
+    """Beside processes that keep all cores busy. Updates that had to wait there make the next ones run on one thread."""
     with busy_processes():
-        crowded = measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
-    return Many(crowded, updates, calls)
+        return measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
 
 
 def updates_table(measured: list[UpdateTimes]) -> Table:
@@ -215,19 +210,22 @@ def calls_table(measured: list[CallTimes]) -> Table:
     )
 
 
+def most(what: str, title: str, bound: float, value: float) -> Verdict:
+    return Verdict(what, "float32", title, f"<= {bound:g}", value, value <= bound, "")
+
+
+def least(what: str, title: str, bound: float, value: float) -> Verdict:
+    return Verdict(what, "float32", title, f">= {bound:g}", value, value >= bound, PEER)
+
+
+def crowded_verdict(crowded: UpdateTimes) -> Verdict:
+    return most("of timm's time", crowded.title, 1, crowded.times(OURS, PEER))
+
+
 def verdicts(many: Many) -> Iterator[Verdict]:
     """The bounds, and whether they were reached."""
     small, modules, experts = many.updates
     thousand, ten_thousand = many.calls
-
-    def most(what: str, title: str, bound: float, value: float) -> Verdict:
-        return Verdict(what, "float32", title, f"<= {bound:g}", value, value <= bound, "")
-
-    def least(what: str, title: str, bound: float, value: float) -> Verdict:
-        return Verdict(what, "float32", title, f">= {bound:g}", value, value >= bound, PEER)
-
-    crowded = many.crowded
-    yield most("of timm's time, all cores busy", small.title, 1, crowded.times(OURS, PEER))
     yield least("warm: times as fast as timm", small.title, 25, small.times(PEER, OURS))
     yield most("cold: of a cold flat lerp_", small.title, 1.6, small.times(OURS, LIMIT, cold=True))
     yield least("ModelEma, warm: times as fast as timm", small.title, 15, small.times(PEER, CLASSIC))
@@ -246,7 +244,9 @@ def verdicts(many: Many) -> Iterator[Verdict]:
 def main(rounds: int = 30) -> None:
     started = perf_counter()
     console, many = Console(width=170), measure(rounds=rounds)
-    for table in [*many.tables(), tables.verdict_table(list(verdicts(many)))]:
+    crowded = measure_crowded(rounds=rounds)
+    found = [*verdicts(many), crowded_verdict(crowded)]
+    for table in [*many.tables(), updates_table([crowded]), tables.verdict_table(found)]:
         console.print(table.rich())
     console.print(f"{perf_counter() - started:.0f} s")
 
