@@ -125,10 +125,6 @@ def main(
                 shown.show(tables.curve_table(curve))
         if where == "cpu":
             measure_the_rest(shown, errors=errors, steps=error_steps, imports=imports)
-        if where == "cpu" and small:
-            shown.crowded = many.measure_crowded()
-            shown.show(many.updates_table([shown.crowded]))
-            shown.verdicts.append(many.crowded_verdict(shown.crowded))
         if shown.verdicts:
             shown.show(tables.verdict_table(shown.verdicts))
             if any(each.suite is FLOAT32 for each in shown.measurements):
@@ -137,8 +133,8 @@ def main(
 
 
 def measure_many(shown: Shown) -> None:
-    """Many small tensors on a CPU: first, while memory is in one piece, as it is when a training run begins."""
-    shown.many = many.measure()
+    """Many small tensors on a CPU."""
+    shown.many = many.measure_apart()
     for table in shown.many.tables():
         shown.show(table)
     shown.verdicts = many_verdicts(shown)

@@ -4,14 +4,15 @@ Before a cold call 100 MB of other memory are read and written, as a training st
 """
 
 import gc
+import json
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from time import perf_counter
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import typer
@@ -144,13 +145,20 @@ def measure_calls(count: int, *, rounds: int) -> CallTimes:
 
 @dataclass(frozen=True)
 class Many:
-    """On an idle machine."""
+    """All of it.
+
+    Attributes:
+        updates: on an idle machine.
+        calls: on an idle machine.
+        crowded: updates beside processes that keep all cores busy.
+    """
 
     updates: list[UpdateTimes]
     calls: list[CallTimes]
+    crowded: UpdateTimes
 
     def tables(self) -> list[Table]:
-        return [updates_table(self.updates), calls_table(self.calls)]
+        return [updates_table([*self.updates, self.crowded]), calls_table(self.calls)]
 
 
 @contextmanager
@@ -173,13 +181,25 @@ def measure(*, rounds: int = 30) -> Many:
         measure_updates("1500 tensors of 24x24 in 750 modules", linear_modules(), rounds=rounds),
         measure_updates("12,060 tensors in 19,741 modules", mixture_of_experts(), rounds=max(rounds // 4, 3)),
     ]
-    return Many(updates, [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)])
-
-
-def measure_crowded(*, rounds: int = 30) -> UpdateTimes:
-    """Beside processes that keep all cores busy. Updates that had to wait there make the next ones run on one thread."""
+    calls = [measure_calls(1000, rounds=9), measure_calls(10_000, rounds=3)]
+    # Last, because updates that had to wait make the next ones run on one thread.
     with busy_processes():
-        return measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
+        crowded = measure_updates("1000 tensors of 32x32, all cores busy", small_tensors(), rounds=rounds)
+    return Many(updates, calls, crowded)
+
+
+def measure_apart() -> Many:
+    """In a process of its own: what ran before decides where small tensors lie, and how long they take."""
+    command = [sys.executable, "-m", "benchmarks.many", "--as-json"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    found = json.loads(output)
+    updates = [_update_times(each) for each in found["updates"]]
+    return Many(updates, [CallTimes(**each) for each in found["calls"]], _update_times(found["crowded"]))
+
+
+def _update_times(found: dict[str, Any]) -> UpdateTimes:
+    warm, cold = ({name: Spread(**time) for name, time in found[each].items()} for each in ("warm", "cold"))
+    return UpdateTimes(found["title"], warm, cold)
 
 
 def updates_table(measured: list[UpdateTimes]) -> Table:
@@ -218,14 +238,11 @@ def least(what: str, title: str, bound: float, value: float) -> Verdict:
     return Verdict(what, "float32", title, f">= {bound:g}", value, value >= bound, PEER)
 
 
-def crowded_verdict(crowded: UpdateTimes) -> Verdict:
-    return most("of timm's time", crowded.title, 1, crowded.times(OURS, PEER))
-
-
 def verdicts(many: Many) -> Iterator[Verdict]:
     """The bounds, and whether they were reached."""
     small, modules, experts = many.updates
     thousand, ten_thousand = many.calls
+    yield most("of timm's time", many.crowded.title, 1, many.crowded.times(OURS, PEER))
     yield least("warm: times as fast as timm", small.title, 25, small.times(PEER, OURS))
     yield most("cold: of a cold flat lerp_", small.title, 1.6, small.times(OURS, LIMIT, cold=True))
     yield least("ModelEma, warm: times as fast as timm", small.title, 15, small.times(PEER, CLASSIC))
@@ -241,14 +258,13 @@ def verdicts(many: Many) -> Iterator[Verdict]:
             yield most(f"ms of {name}", calls.title, bound, calls.times[name])
 
 
-def main(rounds: int = 30) -> None:
-    started = perf_counter()
-    console, many = Console(width=170), measure(rounds=rounds)
-    crowded = measure_crowded(rounds=rounds)
-    found = [*verdicts(many), crowded_verdict(crowded)]
-    for table in [*many.tables(), updates_table([crowded]), tables.verdict_table(found)]:
-        console.print(table.rich())
-    console.print(f"{perf_counter() - started:.0f} s")
+def main(rounds: int = 30, as_json: bool = False) -> None:
+    many = measure(rounds=rounds)
+    if as_json:
+        print(json.dumps(asdict(many)))
+        return
+    for table in [*many.tables(), tables.verdict_table(list(verdicts(many)))]:
+        Console(width=170).print(table.rich())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from benchmarks.contender import Kind
 from benchmarks.error import ErrorRun
 from benchmarks.error_bounds import ErrorVerdict
 from benchmarks.import_time import ImportTime
-from benchmarks.many import Many, UpdateTimes
+from benchmarks.many import Many
 from benchmarks.records import FOLDER, markdown, write_files
 from benchmarks.scaling import Curve
 from benchmarks.table import Table
@@ -30,7 +30,6 @@ class Results:
     errors: list[ErrorRun] = field(default_factory=list[ErrorRun])
     error_verdicts: list[ErrorVerdict] = field(default_factory=list[ErrorVerdict])
     many: Many | None = None
-    crowded: UpdateTimes | None = None
     imported: ImportTime | None = None
     tables: list[Table] = field(default_factory=list[Table])
     picture: str | None = None
@@ -46,7 +45,6 @@ class Results:
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "account": {**asdict(self.account), "rest": self.account.rest} if self.account else None,
             "many": asdict(self.many) if self.many else None,
-            "crowded": asdict(self.crowded) if self.crowded else None,
             "curves": [asdict(curve) for curve in self.curves],
             "errors": [asdict(run) for run in self.errors],
             "error_verdicts": [{**asdict(verdict), "reached": verdict.reached} for verdict in self.error_verdicts],
