@@ -46,7 +46,7 @@ def tried_way() -> Way | None:
     if compiled is None or not has_lock or ctypes.sizeof(ctypes.c_void_p) != 8:
         return None
     try:
-        # Whatever mode the caller has set up shall not see the trial: one that keeps tensors would make it fail.
+        # Modes of the caller must not see the trial: one that keeps tensors would make it fail.
         with _python_dispatch._disable_current_modes(), torch.inference_mode(False), torch.no_grad():
             way = find_way(compiled)
             if not all(_sees(change, way) for change in _CHANGES):
