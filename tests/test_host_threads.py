@@ -123,7 +123,7 @@ def test_a_process_ends_with_work_under_way():
         print("done")
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command = [sys.executable, "-W", "ignore:polyak has no C kernel:UserWarning", "-c", textwrap.dedent(code)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
