@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -578,6 +579,16 @@ def test_a_module_that_writes_to_its_own_parameters_can_be_differentiated_throug
     inputs = torch.randn(2, 3, requires_grad=True)
     teacher(inputs).sum().backward()
     assert inputs.grad is not None
+
+
+def test_a_live_module_that_cannot_be_made_leaves_nothing_behind():
+    model = zoo.mlp()
+    model.lock = threading.Lock()
+    average = polyak.WeightAverage(model)
+    with pytest.raises(polyak.StateError, match="cannot be copied"):
+        average.live_module()
+    assert not average._core.store.lent
+    assert not average._core.live
 
 
 @pytest.mark.protects

@@ -191,10 +191,10 @@ class AverageView:
                 "live_module() with shard_over=: each rank has its share of the average only. module() puts it together"
             )
         core.verify()
-        core.store.lent = True
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)
+        core.store.lent = True
         return module
 
     def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
