@@ -27,9 +27,9 @@ from benchmarks.rates import PCIE
 from benchmarks.records import FOLDER, markdown, write_files
 from benchmarks.table import Table, digits, mark
 from benchmarks.timing import Spread, spread
-from polyak.store import local
-from polyak.store.host import NUM_SETS
-from polyak.store.transfer import PlainCopies
+from polyak.store import store as local
+from polyak.store.updates.host import NUM_SETS
+from polyak.store.updates.transfer import PlainCopies
 
 WORKER = "polyak: update on the host"
 MOST_TIMES_AS_LONG = 1.02

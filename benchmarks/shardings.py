@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 import polyak
 from benchmarks.contender import DECAY
 from benchmarks.shapes import Shape
-from polyak.shards import local
+from polyak.ranks.sharding import local
 
 
 @dataclass(frozen=True)

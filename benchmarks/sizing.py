@@ -15,7 +15,7 @@ from benchmarks.pages import write_text
 from benchmarks.rates import PCIE, Machine, machines, update_rate
 from benchmarks.suites import COMPENSATED, FLOAT32, MIXED, STOCHASTIC, Suite
 from benchmarks.table import Table, digits
-from polyak.store.host import NUM_SETS
+from polyak.store.updates.host import NUM_SETS
 
 PAGE = Path(__file__).parent.parent / "docs" / "choosing.md"
 MARK = "sizing"

@@ -10,7 +10,8 @@ import pytest
 import polyak
 from host_cases import Machine
 from polyak.kernels import native
-from polyak.store import local, transfer
+from polyak.store import store as local
+from polyak.store.updates import transfer
 
 # What writes the files there needs libraries that tests do not.
 collect_ignore_glob = ["data/*"]

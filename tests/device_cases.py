@@ -9,7 +9,7 @@ import torch
 
 import polyak
 import zoo
-from polyak import core as core_room
+from polyak.average import core as core_module
 from polyak.kernels.gpu import seen
 
 # The interpreter computes with NumPy, which warns of infinities and NaNs.
@@ -196,7 +196,7 @@ def test_what_a_graph_would_replay(mode, monkeypatch):
     average.advance()
     with monkeypatch.context() as patch:
         # A capture only records. Here what is recorded runs, but no update is due at the first of two calls.
-        patch.setattr(core_room, "is_capturing", lambda: True)
+        patch.setattr(core_module, "is_capturing", lambda: True)
         average.update()
     for step in range(6):
         drift(model, twin, seed=step)
@@ -211,7 +211,7 @@ def test_what_a_graph_would_replay(mode, monkeypatch):
 
 def test_a_captured_update_needs_advance(monkeypatch):
     _, average, *_ = pair(polyak.Exponential(0.9))
-    monkeypatch.setattr(core_room, "is_capturing", lambda: True)
+    monkeypatch.setattr(core_module, "is_capturing", lambda: True)
     with pytest.raises(polyak.StateError, match=r"call advance\(\) before the capture and before each replay"):
         average.update()
     average.advance()

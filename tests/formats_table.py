@@ -5,7 +5,7 @@ python tests/formats_table.py    writes it into the README
 
 from pathlib import Path
 
-from polyak.layouts import LAYOUTS
+from polyak.files.layouts import LAYOUTS
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- formats: begin -->\n", "<!-- formats: end -->\n"

@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 
 import polyak
 from library_files import CASES, FILES
-from polyak.layouts import LAYOUTS
+from polyak.files.layouts import LAYOUTS
 
 SECONDS, BYTES = 5, 1 << 30
 NUMBERS = [0, 1, 2, 255, 256, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1]

@@ -8,7 +8,7 @@ import torch
 
 import polyak
 import zoo
-from polyak.store.transfer import PlainCopies, Staging
+from polyak.store.updates.transfer import PlainCopies, Staging
 
 PROFILES = {"short": polyak.Exponential(0.9), "long": polyak.Power(relative_std=0.1)}
 MODES = [{}, {"compensated": True}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}, {"dtype": torch.float64}]

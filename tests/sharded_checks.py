@@ -270,11 +270,11 @@ def averages_are_written_back_shard_by_shard(folder):
 def parts_on_another_device_than_the_mesh_stay_there(folder):
     mesh = DeviceMesh("meta", list(range(4)), _init_backend=False)
     part = torch.ones(2, 3)
-    sharding = polyak.shards.Sharding(mesh, (Shard(0),), torch.Size((7, 3)), (3, 1))
+    sharding = polyak.ranks.sharding.Sharding(mesh, (Shard(0),), torch.Size((7, 3)), (3, 1))
     wrapped = sharding.wrap(part)
     assert wrapped.to_local().data_ptr() == part.data_ptr()
     assert (wrapped.shape, wrapped.stride(), wrapped.dtype) == ((7, 3), (3, 1), torch.float32)
-    assert polyak.shards.sharding_of(wrapped) == sharding
+    assert polyak.ranks.sharding.sharding_of(wrapped) == sharding
 
 
 @on(4)

@@ -10,7 +10,7 @@ import polyak
 import sharded_layout_checks
 import sharded_zoo
 import zoo
-from polyak import checkpoints
+from polyak.files import writing
 from ranks import on
 from sharded_zoo import PROFILES, make, shard
 
@@ -28,7 +28,7 @@ def _trained():
 def one_rank_writes_the_whole_file(folder):
     _, average = _trained()
     writers = []
-    write = checkpoints.write_safetensors
+    write = writing.write_safetensors
 
     def noting(path, tensors, **options):
         writers.append(distributed.get_rank())
@@ -36,12 +36,12 @@ def one_rank_writes_the_whole_file(folder):
         assert largest < 11 * 8  # nothing is whole before it is written
         write(path, tensors, **options)
 
-    checkpoints.write_safetensors = noting
+    writing.write_safetensors = noting
     try:
         average.export(folder / "whole.safetensors")
         average.export(folder / "short.safetensors", dtype=torch.bfloat16)
     finally:
-        checkpoints.write_safetensors = write
+        writing.write_safetensors = write
     assert writers == ([0, 0] if distributed.get_rank() == 0 else [])
     right = average.weights()
     assert zoo.bit_equal(load_file(folder / "whole.safetensors"), right)
@@ -57,7 +57,7 @@ def all_ranks_raise_where_the_writer_fails(folder):
     average.export(path)
     distributed.barrier()
     before = path.read_bytes()
-    content, calls = polyak.checkpoints.safetensors_file._content, []
+    content, calls = polyak.files.writing.safetensors._content, []
 
     def full(tensor):
         calls.append(tensor)
@@ -65,7 +65,7 @@ def all_ranks_raise_where_the_writer_fails(folder):
             raise OSError(28, "No space left on device")
         return content(tensor)
 
-    polyak.checkpoints.safetensors_file._content = full
+    polyak.files.writing.safetensors._content = full
     try:
         kind, text = (
             (OSError, "cannot be written")
@@ -75,7 +75,7 @@ def all_ranks_raise_where_the_writer_fails(folder):
         with pytest.raises(kind, match=text):
             average.export(path)
     finally:
-        polyak.checkpoints.safetensors_file._content = content
+        polyak.files.writing.safetensors._content = content
     distributed.barrier()
     assert path.read_bytes() == before
     kind = OSError if distributed.get_rank() == 0 else polyak.StateError

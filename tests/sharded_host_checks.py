@@ -12,7 +12,7 @@ import polyak
 import sharded_zoo
 import zoo
 from host_cases import Machine, Slow
-from polyak.store import local
+from polyak.store import store as local
 from ranks import on
 from sharded_zoo import PROFILES, Mirror, make, shard, train
 

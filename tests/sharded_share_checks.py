@@ -14,8 +14,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import polyak
 import sharded_zoo
 import zoo
-from polyak import gathering
 from polyak.kernels.native import library
+from polyak.store import gather as gathering
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard
 

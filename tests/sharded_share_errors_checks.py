@@ -192,8 +192,8 @@ def who_is_interrupted_while_waiting_sends_nothing_twice(folder, monkeypatch=pyt
         raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         interrupted = False
         with monkeypatch.context() as patch:
-            patch.setattr("polyak.gathering._MESSAGE_BYTES", 64)
-            patch.setattr("polyak.gathering._LEAST_BYTES", 16)
+            patch.setattr("polyak.store.gather._MESSAGE_BYTES", 64)
+            patch.setattr("polyak.store.gather._LEAST_BYTES", 16)
             module = getattr(polyak, place.partition(".")[0])
             call = getattr(module, place.partition(".")[2])
 

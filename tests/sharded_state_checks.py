@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 import polyak
 import sharded_zoo
 import zoo
-from polyak.shards import local
+from polyak.ranks.sharding import local
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard, train
 

@@ -71,8 +71,8 @@ def drift(model, generator):
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         if tensor.is_floating_point():
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * 0.1
-            here = polyak.shards.sharding_of(tensor)
-            polyak.shards.local(tensor).add_(noise if here is None else here.cut(noise))
+            here = polyak.ranks.sharding.sharding_of(tensor)
+            polyak.ranks.sharding.local(tensor).add_(noise if here is None else here.cut(noise))
 
 
 def whole(model):

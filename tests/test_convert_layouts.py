@@ -10,8 +10,8 @@ import convert_cases as cases
 import polyak
 import zoo
 from library_files import CASES, FILES, case
-from polyak.checkpoints import WRITTEN
 from polyak.cli.convert import convert
+from polyak.files.conversion import WRITTEN
 
 # What is no parameter of the models in these files, or the second name of one.
 NO_PARAMETERS = ("running_mean", "running_var", "middle.1.weight")

@@ -7,7 +7,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import polyak
 import zoo
-from polyak.entries import resolve, unwrap
+from polyak.model.entries import resolve
+from polyak.model.walk import unwrap
 from polyak.names import match
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")

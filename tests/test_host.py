@@ -16,7 +16,8 @@ import test_table
 import zoo
 from host_cases import MODES, PROFILES, SECONDS, Held, Slow, assert_same, drift, pair, weights
 from polyak.kernels import native
-from polyak.store import host, local
+from polyak.store import store as local
+from polyak.store.updates import host
 from test_memory import peak_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
@@ -325,7 +326,7 @@ def test_it_cannot_be_captured(machine, here, monkeypatch):
     _, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
     with pytest.raises(polyak.StateError, match="averages on the host cannot be updated in a CUDA graph"):
         average.advance()
-    monkeypatch.setattr(polyak.core, "is_capturing", lambda: True)
+    monkeypatch.setattr(polyak.average.core, "is_capturing", lambda: True)
     with pytest.raises(polyak.StateError, match=r"call update\(\) after each replay\(\), and wait\(\) before the next"):
         average.update()
 

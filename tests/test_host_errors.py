@@ -9,7 +9,7 @@ import torch
 import polyak
 import zoo
 from host_cases import MODES, PROFILES, SECONDS, Held, assert_same, drift, pair, weights
-from polyak.store import host
+from polyak.store.updates import host
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 

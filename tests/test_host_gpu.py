@@ -9,8 +9,8 @@ from torch import nn
 import polyak
 import zoo
 from host_cases import MODES, PROFILES, weights
-from polyak.store import local
-from polyak.store.transfer import SideStreams, transfer_for
+from polyak.store import store as local
+from polyak.store.updates.transfer import SideStreams, transfer_for
 
 pytestmark = [
     pytest.mark.gpu,

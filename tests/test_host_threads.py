@@ -15,7 +15,7 @@ import torch
 import polyak
 import zoo
 from host_cases import SECONDS, Held, drift, pair
-from polyak.store import host
+from polyak.store.updates import host
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 
@@ -110,7 +110,7 @@ def test_a_process_ends_with_work_under_way():
     code = """
         import sys, time, torch, polyak
         from host_cases import Machine
-        from polyak.store import local
+        from polyak.store import store as local
         machine = Machine()
         local.transfer_for = machine.transfer_for
         model = torch.nn.Linear(2000, 2000)

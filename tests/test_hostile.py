@@ -20,7 +20,7 @@ from torch import nn
 import hostile
 import polyak
 import zoo
-from polyak.containers.pickled import unpickle
+from polyak.files.containers.pickled import unpickle
 
 ATTACKS = sorted(hostile.attacks("canary"))
 REFUSED = polyak.FileFormatError
@@ -441,7 +441,7 @@ def test_trees_come_back_as_they_were_saved(tmp_path):
     @settings(max_examples=60, deadline=None)
     @given(content=st.dictionaries(st.text(), trees, max_size=4), legacy=st.booleans())
     def check(content, legacy):
-        from polyak.checkpoints import read_dictionary
+        from polyak.files.checkpoints import read_dictionary
 
         path = tmp_path / "tree.pt"
         torch.save(content, path, _use_new_zipfile_serialization=not legacy)

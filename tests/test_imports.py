@@ -1,6 +1,8 @@
-"""The arrows of the house, what an import loads, and the names that it gives."""
+"""The floors of the house, what an import loads, and the names that it gives."""
 
 import ast
+import functools
+import pydoc
 import re
 import shutil
 import subprocess
@@ -11,37 +13,96 @@ import pytest
 
 import polyak
 
-# Each room imports from those before it. Whatever is not named here stands at the end, and nobody imports it.
-ROOMS = """errors names profiles containers layouts inspection kernels shards collectives resharding entries watch
-source replicas gathering store checkpoints adapters clock attach modules core syncing swapping state report exporting
-view average batchnorm targets"""
-HOUSE = [*ROOMS.split(), "model_ema", "cli", "__init__"]
-WITHOUT_TORCH = ["errors", "names", "profiles", "containers", "layouts", "inspection", "clock"]
+# A package imports from lower floors only, and by the other's door. `files` has several doors, each of which imports
+# from those before it. All stand on the ground.
+GROUND = ["errors", "names"]
+FLOORS = [
+    ["profiles"],
+    ["kernels", "ranks"],
+    ["model"],
+    ["store", "files", "targets", "batchnorm"],
+    ["average", "model_ema", "offline"],
+    ["lightning", "transformers", "timm", "plots", "cli"],
+]
+FILES = ["containers", "layouts", "inspection", "writing", "checkpoints", "conversion"]
+WITHOUT_TORCH = ["errors", "names", "profiles", *(f"files/{package}" for package in FILES[:3])]
 SOURCE = Path(polyak.__file__).parent
+PATHS = sorted(set(SOURCE.rglob("*.py")) - {SOURCE / "__init__.py"})
+
+
+def package_of(module):
+    """The package by whose door a module is reached, given as a list of names after `polyak`."""
+    return tuple(module[: 2 if module[0] == "files" else 1])
+
+
+def module_of(path):
+    return list(path.relative_to(SOURCE).with_suffix("").parts)
+
+
+def height(package):
+    """Where a package stands: nothing imports from what is as high as itself."""
+    name, *inside = package
+    floor = next((number for number, floor in enumerate(FLOORS, 1) if name in floor), 0)
+    assert floor or name in GROUND, f"{name} has no floor"
+    return floor, FILES.index(inside[0]) if inside else 0
 
 
 def imported(path):
-    """The rooms that a file imports from, with whether it reaches past their doors."""
-    folder = list(path.relative_to(SOURCE).parts[:-1])
+    """The modules of polyak that a file imports from, as lists of names after `polyak`, with the number of dots."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             names = (node.module or "").split(".")
             if node.level:
-                # One dot is the folder that the file is in.
-                names = ["polyak", *folder[: len(folder) + 1 - node.level], *filter(None, names)]
-            if names[0] == "polyak":
+                yield [*module_of(path)[: -node.level], *filter(None, names)], node.level
+            elif names[0] == "polyak":
                 assert len(names) > 1, f"{path} imports from the package itself"
-                yield names[1], len(names) > 2
+                yield names[1:], 0
         elif isinstance(node, ast.Import):
-            assert not any(alias.name.startswith("polyak") for alias in node.names), f"{path}: say from which room"
+            assert not any(alias.name.startswith("polyak") for alias in node.names), f"{path}: say from which package"
 
 
-def test_imports_follow_the_order_of_the_house():
-    for path in set(SOURCE.rglob("*.py")) - {SOURCE / "__init__.py"}:
-        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-        for other, inside in imported(path):
-            assert other == room or HOUSE.index(other) < HOUSE.index(room), f"{path} imports {other}"
-            assert other == room or not inside, f"{path} imports from inside of {other}"
+def arrows():
+    """Which packages import from which others."""
+    found = {(package_of(module_of(path)), package_of(module)) for path in PATHS for module, _ in imported(path)}
+    return {(importer, other) for importer, other in found if importer != other}
+
+
+def test_packages_import_from_lower_floors():
+    for importer, other in sorted(arrows()):
+        assert height(other) < height(importer), f"{'/'.join(importer)} imports {'/'.join(other)}"
+
+
+def test_packages_are_entered_by_their_doors():
+    for path in PATHS:
+        here = module_of(path)
+        for module, dots in imported(path):
+            if package_of(module) != package_of(here):
+                assert dots == 0, f"{path}: {module} is another package, so its whole name is needed"
+                assert tuple(module) == package_of(module), f"{path} imports from inside of {module}"
+            else:
+                inside = module[: len(here) - 1] == here[:-1]
+                assert dots == int(inside), f"{path}: what is in its folder is imported by one dot, and nothing else"
+
+
+def test_the_house_has_few_floors_and_doors():
+    below = {package: set() for arrow in arrows() for package in arrow}
+    for importer, other in arrows():
+        below[importer].add(other[:1] if importer[0] != "files" else other)
+
+    @functools.cache
+    def floor(package):
+        name = package[:1]
+        others = {other[:1] for each, found in below.items() if each[:1] == name for other in found} - {name}
+        return 1 + max(map(floor, others), default=0)
+
+    doors = sorted({module_of(path)[0] for path in PATHS})
+    lines = [len(path.read_text().splitlines()) for path in PATHS if path.name != "__init__.py"]
+    num_floors = max(map(floor, below))
+    print(f"{num_floors} floors, {len(arrows())} arrows, {len(doors)} doors: {', '.join(doors)}")
+    print(f"{len(lines)} files, {sum(lines)} lines, {len(lines) / sum(lines) * 1000:.1f} files per 1000 lines")
+    print(f"{sum(n < 40 for n in lines)} files below 40 lines, {sum(n > 420 for n in lines)} above 420")
+    assert num_floors <= 6
+    assert len(doors) <= 18
 
 
 def modules(path):
@@ -53,7 +114,7 @@ def modules(path):
             yield node.module
 
 
-def test_rooms_know_what_they_may_know():
+def test_packages_know_what_they_may_know():
     without_torch = [
         path for room in WITHOUT_TORCH for path in [*SOURCE.glob(f"{room}/*.py"), *SOURCE.glob(f"{room}.py")]
     ]
@@ -79,8 +140,7 @@ def test_training_does_without_the_formats_of_files():
         "import sys, torch, polyak; model = torch.nn.Linear(2, 2); average = polyak.WeightAverage(model);"
         "average.update(); average.load_state_dict(average.state_dict()); average.swap_in(); average.swap_out();"
         "polyak.ModelEma(model).update(model);"
-        "print([name for name in sys.modules if name.startswith(('polyak.checkpoints', 'polyak.layouts', "
-        "'polyak.containers'))])"
+        "print([name for name in sys.modules if name.startswith('polyak.files')])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
@@ -97,25 +157,34 @@ def test_a_plain_model_does_without_what_sharded_ones_need():
 
 
 def test_public_names_are_those_that_type_checkers_see():
-    stub = (SOURCE / "__init__.pyi").read_text()
-    told = {name: room for room, name in re.findall(r"^from \.(\w+) import (\w+) as \2$", stub, re.MULTILINE)}
-    assert told == polyak._ROOMS
+    stub = ast.parse((SOURCE / "__init__.pyi").read_text())
+    told = [alias.asname for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert sorted(told) == polyak.__all__
+    assert [name for name in dir(polyak) if not name.startswith("_")] == polyak.__all__
     for name in told:
         assert getattr(polyak, name) is not None
     with pytest.raises(AttributeError, match="module 'polyak' has no attribute 'nothing'"):
         polyak.nothing  # noqa: B018
 
 
-def test_headers_are_read_without_torch():
-    code = "import sys, polyak.layouts, polyak.containers; print('torch' in sys.modules, 'numpy' in sys.modules)"
+def test_help_shows_the_public_names():
+    text = pydoc.plain(pydoc.render_doc(polyak))
+    assert "class WeightAverage" in text
+    assert "lerp_(" in text
+    assert not re.search(r"_(MODULES|LIST|import_module)", text)
+
+
+def test_files_are_looked_at_without_torch():
+    code = (
+        "import sys, polyak.files.layouts, polyak.files.containers; print('numpy' in sys.modules);"
+        "import polyak.files.inspection; print('torch' in sys.modules)"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]
 
 
 def test_public_names():
-    public = {name for name in dir(polyak) if not name.startswith("_")}
-    rooms = {path.name.removesuffix(".py") for path in SOURCE.iterdir()}
-    assert public - rooms == {
+    assert set(polyak.__all__) == {
         "Attachment",
         "AverageView",
         "Checkpoint",

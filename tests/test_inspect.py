@@ -12,13 +12,13 @@ from torch import nn
 
 import polyak
 from library_files import CASES, FILES
-from polyak.containers import Between, Pieced, Span, Stored
-from polyak.containers.stored import dense_stride
-from polyak.inspection import inspect, plain
-from polyak.inspection.decoding import DTYPES, decode, raw_type
-from polyak.inspection.reading import Files
-from polyak.inspection.regions import all_regions, flattened, sizes, spread_regions, whole
-from polyak.layouts import examine
+from polyak.files.containers import Between, Pieced, Span, Stored
+from polyak.files.containers.stored import dense_stride
+from polyak.files.inspection import inspect, plain
+from polyak.files.inspection.decoding import DTYPES, decode, raw_type
+from polyak.files.inspection.reading import Files
+from polyak.files.inspection.regions import all_regions, flattened, sizes, spread_regions, whole
+from polyak.files.layouts import examine
 
 DTYPES_OF_TORCH = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
 

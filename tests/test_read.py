@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import polyak
 import zoo
 from library_files import CASES, FILES, case
-from polyak.layouts import LAYOUTS
+from polyak.files.layouts import LAYOUTS
 
 
 def read(name, **options):
@@ -200,9 +200,9 @@ class TestWhichLayout:
         assert checkpoint.notes[0].startswith("no raw weights, for 'last.ckpt' beside it cannot be read: ")
 
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
-        from polyak.containers import open_content
-        from polyak.layouts.finding import find_layout
-        from polyak.layouts.layout import Layout
+        from polyak.files.containers import open_content
+        from polyak.files.layouts.finding import find_layout
+        from polyak.files.layouts.layout import Layout
 
         row = Layout(
             name="made-up",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import distributed
 
-import polyak.replicas
-from polyak.shards import Sharding
+import polyak.store.shares
+from polyak.ranks.sharding import Sharding
 
 if not distributed.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
@@ -32,7 +32,7 @@ class Mesh:
 def share(shape, coordinates, placements, size, replicated):
     mesh = Mesh(shape, coordinates)
     sharding = Sharding(mesh, placements, torch.Size([size]), (1,))
-    return polyak.replicas._share_of_mesh(sharding, replicated, coordinates[replicated])
+    return polyak.store.shares._share_of_mesh(sharding, replicated, coordinates[replicated])
 
 
 @pytest.mark.protects
@@ -74,7 +74,7 @@ def test_slices_that_torch_would_place_elsewhere_are_not_shared():
 
 
 def test_large_tensors_are_cut_where_they_are_one_stretch():
-    outermost = polyak.replicas._outermost
+    outermost = polyak.store.shares._outermost
     assert outermost((64, 12), (12, 1), (4, 4)) == 0
     assert outermost((64, 12), (1, 64), (4, 4)) == 1  # transposed
     assert outermost((8, 3, 5, 5), (75, 1, 15, 3), (4,) * 4) == 0  # channels-last

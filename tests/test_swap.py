@@ -8,12 +8,15 @@ from torch import nn
 
 import polyak
 import zoo
-from polyak import swapping, view
+from polyak.average import average as view
+from polyak.average import swapped as swapping
 from polyak.kernels import halves, journal
 from polyak.kernels.halves import upper_half
-from polyak.store import local, swap
+from polyak.model import occupied
+from polyak.store import store as local
+from polyak.store import swap
 
-SWAP_FILES = {module.__file__ for module in (view, swapping, local, swap, journal, halves)}
+SWAP_FILES = {module.__file__ for module in (view, swapping, occupied, local, swap, journal, halves)}
 
 
 def trained(name="batchnorm", **options):

@@ -11,7 +11,7 @@ from torch import nn
 import polyak
 import zoo
 from polyak import targets
-from polyak.entries import resolve
+from polyak.model.entries import resolve
 from polyak.targets import lerp_
 from reference.recursion import widen
 

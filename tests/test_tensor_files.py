@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save, save_file
 
 import polyak
 import zoo
-from polyak.checkpoints import safetensors_file, write_safetensors, write_sharded
-from polyak.containers import CHECKSUMS
+from polyak.files.containers import CHECKSUMS
+from polyak.files.writing import safetensors as safetensors_file
+from polyak.files.writing import write_safetensors, write_sharded
 
 
 def metadata_of(path):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from polyak.store import transfer
-from polyak.store.staging import pack
-from polyak.store.transfer import PlainCopies, SideStreams, _Lane, transfer_for
+from polyak.store.updates import transfer
+from polyak.store.updates.staging import pack
+from polyak.store.updates.transfer import PlainCopies, SideStreams, _Lane, transfer_for
 
 
 class Accelerator:

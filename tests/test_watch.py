@@ -22,7 +22,7 @@ import zoo
 from polyak.kernels import native, tried_way
 from polyak.kernels.native import crew, trial
 from polyak.kernels.native import way as asking
-from polyak.watch import Watch
+from polyak.model.watch import Watch
 
 needs_c = pytest.mark.skipif(tried_way() is None, reason="needs the C library, and a Python and torch that it can ask")
 

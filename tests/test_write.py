@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from polyak.checkpoints import temporary, write
+from polyak.files.writing import temporary
+from polyak.files.writing import whole as write
 
 NEW, OLD = b"new" * 10_000, b"old"
 
@@ -222,8 +223,8 @@ def left_by_killed_writer(path, *, folder=False):
     """The name of what a writer in another process leaves behind, killed while it writes."""
     code = f"""
         import os, signal
-        from polyak.checkpoints import write
-        with write.{"new_folder" if folder else "replacing"}({os.fspath(path)!r}) as made:
+        from polyak.files.writing import whole
+        with whole.{"new_folder" if folder else "replacing"}({os.fspath(path)!r}) as made:
             {"(made / 'part').write_bytes(b'part')" if folder else "made.write(b'part'); made.flush()"}
             print({"made.name" if folder else "os.path.basename(made.name)"}, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,20 +1,22 @@
 """The public names, for type checkers. `__init__.py` loads each when it is first used."""
 
-from .attach import Attachment as Attachment
+from .average import Attachment as Attachment
+from .average import AverageView as AverageView
+from .average import Report as Report
 from .average import WeightAverage as WeightAverage
 from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm
-from .checkpoints import Checkpoint as Checkpoint
-from .checkpoints import Conversion as Conversion
-from .checkpoints import convert as convert
-from .checkpoints import load as load
-from .checkpoints import read as read
-from .checkpoints import save as save
 from .errors import FileFormatError as FileFormatError
 from .errors import MismatchError as MismatchError
 from .errors import PolyakError as PolyakError
 from .errors import StateError as StateError
+from .files.checkpoints import Checkpoint as Checkpoint
+from .files.checkpoints import load as load
+from .files.checkpoints import read as read
+from .files.checkpoints import save as save
+from .files.conversion import Conversion as Conversion
+from .files.conversion import convert as convert
+from .files.layouts import formats as formats
 from .kernels import dead_zone as dead_zone
-from .layouts import formats as formats
 from .model_ema import ModelEma as ModelEma
 from .profiles import Exponential as Exponential
 from .profiles import Power as Power
@@ -34,8 +36,6 @@ from .profiles import register_schedule as register_schedule
 from .profiles import relative_std_to_decay as relative_std_to_decay
 from .profiles import relative_std_to_exponent as relative_std_to_exponent
 from .profiles import scale_decay as scale_decay
-from .report import Report as Report
 from .targets import lerp_ as lerp_
-from .view import AverageView as AverageView
 
 __version__: str

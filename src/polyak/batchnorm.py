@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from polyak.collectives import is_initialized
 from polyak.errors import StateError
+from polyak.ranks import is_initialized
 
 Forward = Callable[[nn.Module, Any], object]
 

@@ -11,15 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from polyak.entries import unwrap, walk
 from polyak.errors import FileFormatError, MismatchError, StateError
 from polyak.kernels import check_floating_point, dead_zone
-from polyak.modules import build_module
+from polyak.model import Source, build_module, check_not_standing, check_same_names, unwrap, walk
 from polyak.names import match
 from polyak.profiles import Exponential
-from polyak.source import Source, check_same_names
 from polyak.store import LocalStore, Step
-from polyak.swapping import check_not_standing
 
 _logger = logging.getLogger(__name__)
 _PROFILE = "ema"
@@ -138,7 +135,7 @@ class ModelEma:
 
     def _load_checkpoint(self, path: str | os.PathLike[str]) -> None:
         # Imported here, because the file formats take as long to import as everything that training needs.
-        from polyak.checkpoints import read_dictionary
+        from polyak.files.checkpoints import read_dictionary
 
         checkpoint = read_dictionary(path)
         if "state_dict_ema" not in checkpoint:

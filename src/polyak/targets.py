@@ -10,11 +10,9 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
-from polyak.entries import AVERAGEABLE, gather, resolve, unwrap
 from polyak.errors import MismatchError, listed
 from polyak.kernels import Plan, Row, average_dtype, copy_, identity, is_plain, kind_of, overlapping, overlaps_itself
-from polyak.source import check_same_names
-from polyak.swapping import check_not_standing
+from polyak.model import AVERAGEABLE, check_not_standing, check_same_names, gather, resolve, unwrap
 
 Tensors: TypeAlias = "nn.Module | Mapping[str, Tensor] | Iterable[Tensor]"
 

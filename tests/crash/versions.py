@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 import polyak
-from polyak.checkpoints import write_sharded
+from polyak.files.writing import write_sharded
 
 
 class State:

@@ -61,7 +61,7 @@ def convert(
     # Only here: torch takes seconds, and the other commands do without.
     import torch
 
-    from polyak.checkpoints import convert as convert_file
+    from polyak.files.conversion import convert as convert_file
 
     chosen = getattr(torch, dtype.removeprefix("torch."), None) if dtype is not None else None
     if dtype is not None and not isinstance(chosen, torch.dtype):

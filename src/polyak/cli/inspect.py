@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from polyak.inspection import inspect as account_of
-from polyak.inspection import plain
-from polyak.layouts import examine
+from polyak.files.inspection import inspect as account_of
+from polyak.files.inspection import plain
+from polyak.files.layouts import examine
 
 from .options import Format, Names, SkipObjects, read_names
 from .show import show

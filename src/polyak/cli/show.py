@@ -10,8 +10,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from polyak.containers import Verification
-from polyak.inspection import Account, Distance, Other, ProfileAccount, WeightSet
+from polyak.files.containers import Verification
+from polyak.files.inspection import Account, Distance, Other, ProfileAccount, WeightSet
 
 from .text import as_options, counted, inert, number, of_bytes, share
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from polyak.kernels import native
-from polyak.kernels.pieces import PART_ELEMENTS, parts_of
+from . import native
+from .pieces import PART_ELEMENTS, parts_of
 
 _DEVICE_ELEMENTS = 1 << 26
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

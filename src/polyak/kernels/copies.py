@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels import native
-from polyak.kernels.eager import copy_
+from . import native
+from .eager import copy_
 
 
 class Copies:

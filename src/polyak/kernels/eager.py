@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels import fractions
-from polyak.kernels.noise import draw
-from polyak.kernels.pieces import Batch, cut, like, scratch_for
-from polyak.kernels.rounding import round_stochastically
-from polyak.kernels.row import Row
+from . import fractions
+from .noise import draw
+from .pieces import Batch, cut, like, scratch_for
+from .rounding import round_stochastically
+from .row import Row
 
 
 def lerp_(averages: list[Tensor], sources: list[Tensor], weight: float) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polyak.kernels import native
+from . import native
 
 
 class FiniteTest:

@@ -19,10 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polyak.kernels import native
-from polyak.kernels.eager import copy_
-from polyak.kernels.journal import Operation
-from polyak.kernels.pieces import Batch, cut, like, scratch_for
+from . import native
+from .eager import copy_
+from .journal import Operation
+from .pieces import Batch, cut, like, scratch_for
 
 _EXPONENT = 0x7F800000
 _LOWER = 0xFFFF

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from polyak.kernels import native
-from polyak.kernels.eager import copy_
-from polyak.kernels.pieces import cut, scratch_for
+from . import native
+from .eager import copy_
+from .pieces import cut, scratch_for
 
 Operation = Callable[[], None]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels.pieces import Batch
-from polyak.kernels.rounding import part_key, random_bits, swap_halves
-from polyak.kernels.row import Row
+from .pieces import Batch
+from .rounding import part_key, random_bits, swap_halves
+from .row import Row
 
 _MASK_32 = (1 << 32) - 1
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 import torch
 
 from polyak.errors import listed
-from polyak.kernels.choice import allowed_kernels
-from polyak.kernels.eager import Foreach, Staged
-from polyak.kernels.gpu import Triton
-from polyak.kernels.gpu import is_supported as is_for_triton
-from polyak.kernels.native import Native, is_supported, library
-from polyak.kernels.rounding import step_key
-from polyak.kernels.row import Mode, Row, real_rows
+
+from .choice import allowed_kernels
+from .eager import Foreach, Staged
+from .gpu import Triton
+from .gpu import is_supported as is_for_triton
+from .native import Native, is_supported, library
+from .rounding import step_key
+from .row import Mode, Row, real_rows
 
 KERNELS = {"native": Native, "triton": Triton, "foreach": Foreach, "staged": Staged}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .base import LOG_2, Profile
 from .checks import check_now, check_times
-from .convert import LARGEST_RELATIVE_STD, exponent_to_relative_std, relative_std_to_exponent
+from .units import LARGEST_RELATIVE_STD, exponent_to_relative_std, relative_std_to_exponent
 
 
 @dataclass(frozen=True, init=False, repr=False)

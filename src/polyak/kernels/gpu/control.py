@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 
-from polyak.kernels.gpu.seen import Seen
 from polyak.kernels.rounding import mix64
+
+from .seen import Seen
 
 
 class Control:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.kernels.gpu.control import Control
-from polyak.kernels.gpu.launch import here
-from polyak.kernels.gpu.table import BLOCK, strides
 from polyak.kernels.pieces import is_dense
+
+from .control import Control
+from .launch import here
+from .table import BLOCK, strides
 
 
 class SettledCopies:

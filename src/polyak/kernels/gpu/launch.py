@@ -14,9 +14,10 @@ import torch
 from polyak.errors import outside
 from polyak.kernels.choice import is_interpreted
 from polyak.kernels.eager import Staged
-from polyak.kernels.gpu.control import Control
-from polyak.kernels.gpu.table import fits, make_table
 from polyak.kernels.row import Row
+
+from .control import Control
+from .table import fits, make_table
 
 # The oldest that Triton makes code for.
 _MIN_CAPABILITY = (8, 0)

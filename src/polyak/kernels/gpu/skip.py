@@ -7,8 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polyak.kernels.gpu.bits import mix64
-from polyak.kernels.gpu.update import pointers
+from .bits import mix64
+from .update import pointers
 
 
 @triton.jit

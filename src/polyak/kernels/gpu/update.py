@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from polyak.kernels.gpu.bits import (
+from .bits import (
     fma,
     from_fractions,
     halves,

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from polyak.kernels.memory import is_plain
-from polyak.kernels.native.crew import CREW, ELEMENTS_PER_THREAD
-from polyak.kernels.native.way import COUNT, POINTER, Way, words
+
+from .crew import CREW, ELEMENTS_PER_THREAD
+from .way import COUNT, POINTER, Way, words
 
 # Entries of a dictionary that one thread takes at once; and what an entry costs, in elements of an update.
 _STRETCH = 64

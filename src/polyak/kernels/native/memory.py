@@ -11,10 +11,11 @@ from torch import Tensor
 
 from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
-from polyak.kernels.native.chunks import Work, cut_into_chunks, integers
-from polyak.kernels.native.compiled import function, library
-from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
+
+from .chunks import Work, cut_into_chunks, integers
+from .compiled import function, library
+from .crew import CREW
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 _ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)

@@ -14,9 +14,10 @@ import torch
 from torch.utils import _python_dispatch
 
 from polyak.kernels.choice import allowed_kernels
-from polyak.kernels.native.compiled import library
-from polyak.kernels.native.look import Look
-from polyak.kernels.native.way import Way, find_way
+
+from .compiled import library
+from .look import Look
+from .way import Way, find_way
 
 # torch's stubs know too little of what is called here.
 _Change = Callable[[dict[str, Any], Any, Any], object]

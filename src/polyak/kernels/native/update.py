@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from polyak.kernels import fractions
-from polyak.kernels.native.chunks import Work, cut_into_chunks, integers
-from polyak.kernels.native.compiled import function
-from polyak.kernels.native.crew import CREW
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
+
+from .chunks import Work, cut_into_chunks, integers
+from .compiled import function
+from .crew import CREW
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AVERAGES = {

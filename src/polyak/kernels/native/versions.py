@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels.native.trial import tried_way, why_not_in_c
+from .trial import tried_way, why_not_in_c
 
 
 class Versions:

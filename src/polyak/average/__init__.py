@@ -1,0 +1,6 @@
+"""The averages of a model while it trains: who updates them, and what can be done with them."""
+
+from .attach import Attachment as Attachment
+from .average import AverageView as AverageView
+from .report import Report as Report
+from .weight_average import WeightAverage as WeightAverage

@@ -1,0 +1,189 @@
+"""Averages on the host of a model that is elsewhere: updated by a worker, beside the training.
+
+The sources are copied into one of two sets of host memory, and a worker updates the averages from it. Where both sets
+are still in use, though one is copied, the host is too slow for an update at each step: then the update is left to a
+later one, which applies the growth of both. So there is no queue that grows, and no step waits for the host. Where none
+is copied it is the accelerator that is behind, and the thread that drives it waits, two updates ahead. It waits as well
+where several processes train together: ranks of which each leaves out what it cannot do would have different averages.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.profiler import record_function
+
+from polyak.errors import StateError
+from polyak.kernels import Copies, FiniteTest, Plan, Row
+from polyak.ranks import is_alone
+
+from .step import Step
+from .transfer import Copied, Staging, Transfer
+from .worker import Ledger, Worker, apply
+
+NUM_SETS = 2
+
+
+class Host:
+    """The staging sets and the worker of one store.
+
+    While it exists each optimizer step of the process first makes its device wait until the copy that is under way has
+    been made; the host itself does not wait there. It is every optimizer's, because one that holds copies of the
+    parameters in float32 writes to the parameters, too.
+
+    Attributes:
+        plan: of the updates from the first set.
+        ledger: what became of the updates.
+        room: host memory for each source, by name; free to use after `settle` and until the next `submit`.
+        num_bytes: of the staging sets.
+
+    Args:
+        transfer: from the sources.
+        rows: what is averaged; their sources are replaced by staged ones.
+        copies: what is copied, by name.
+        seed: of stochastic rounding.
+        ledger: of what came before.
+    """
+
+    def __init__(
+        self, transfer: Transfer, rows: Sequence[Row], copies: Mapping[str, Tensor], *, seed: int, ledger: Ledger
+    ) -> None:
+        stagings = [transfer.make_set() for _ in range(NUM_SETS)]
+        self.ledger = ledger
+        self.room = stagings[0].tensors
+        self.num_bytes = sum(staging.num_bytes for staging in stagings)
+        note = f"host-resident, by a worker, through {self.num_bytes} bytes of staging memory"
+        self._sets = [_Set(staging, rows, copies, seed=seed, note=note) for staging in stagings]
+        self.plan = self._sets[0].plan
+        self._worker = Worker()
+        self._copied: Copied | None = None
+        _HOSTS.add(self)
+        _watch_optimizers()
+
+    def submit(self, step: Step) -> bool:
+        """Begins an update; False where the host is behind, and this process is alone: then nothing has happened.
+
+        Raises:
+            StateError: an earlier update failed.
+        """
+        self.check()
+        free = self._find_free()
+        if free is None and not (is_alone() and any(each.is_copied for each in self._sets)):
+            wait(list(self._under_way()), return_when=FIRST_COMPLETED)
+            free = self._find_free()
+        if free is None:
+            return False
+        with record_function("polyak: stage"):
+            self._copied = free.copied = free.staging.start()
+        try:
+            free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
+        except BaseException:
+            # The set is free when this has raised, and no worker waits for what is copied to it.
+            self._copied.wait()
+            raise
+        return True
+
+    def _find_free(self) -> _Set | None:
+        return next((each for each in self._sets if each.is_free), None)
+
+    def hold(self) -> None:
+        """Lets what the calling thread does to the sources from now on happen after the last copy of them."""
+        if self._copied is not None:
+            self._copied.hold()
+
+    def forget_copy(self) -> None:
+        """Nothing waits for the copies that were made so far."""
+        self._copied = None
+
+    def settle(self) -> None:
+        """Waits until nothing is under way, whatever became of it."""
+        wait(list(self._under_way()))
+
+    def check(self) -> None:
+        """Raises StateError where an update failed that is over by now."""
+        failure = self.ledger.failure
+        if failure is not None:
+            raise StateError(
+                f"an update on the host failed: {type(failure).__name__}: {failure}. The averages may be a mixture of "
+                "before and after it: load their last state by load_state_dict(), or begin again by reset()"
+            ) from failure
+
+    def new_bad_names(self) -> list[str]:
+        """The names of sources that were bad in steps that became known since this was asked last."""
+        found = [self.ledger.bad.pop(0) for _ in range(len(self.ledger.bad))]
+        return list(dict.fromkeys(name for names in found for name in names))
+
+    def _under_way(self) -> Iterator[Future[None]]:
+        return (each.done for each in self._sets if each.done is not None)
+
+
+class _Set:
+    """One staging set, and the updates from it."""
+
+    def __init__(
+        self, staging: Staging, rows: Sequence[Row], copies: Mapping[str, Tensor], *, seed: int, note: str
+    ) -> None:
+        self.staging = staging
+        self.plan = Plan([row._replace(source=staging.tensors[row.name]) for row in rows], seed=seed, note=note)
+        self.copied: Copied | None = None
+        self.done: Future[None] | None = None
+        self._copying = Copies(list(copies.values()), [staging.tensors[name] for name in copies])
+        self._finite_test: FiniteTest | None = None
+
+    @property
+    def is_free(self) -> bool:
+        return self.done is None or self.done.done()
+
+    @property
+    def is_copied(self) -> bool:
+        return self.copied is None or self.copied.is_made()
+
+    def non_finite(self) -> list[str]:
+        if self._finite_test is None:
+            self._finite_test = FiniteTest([row.source for row in self.plan.rows])
+        return [self.plan.rows[i].name for i in self._finite_test.find()]
+
+    def run(self, weights: Sequence[float], number: int) -> None:
+        self.plan.run(weights, number)
+        self._copying.run()
+
+
+_HOSTS: weakref.WeakSet[Host] = weakref.WeakSet()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Asks every optimizer step of the process, from the first host on.
+
+    There is one hook for all hosts, and it stays: the collector may come upon a host while an optimizer goes through
+    its hooks, where none may be removed.
+    """
+    register_optimizer_step_pre_hook(_hold_all)
+
+
+def _hold_all(*_: object) -> None:
+    for host in list(_HOSTS):
+        host.hold()
+
+
+def _settle_all() -> None:
+    for host in list(_HOSTS):
+        host.settle()
+
+
+def _forget_copies() -> None:
+    for host in list(_HOSTS):
+        host.forget_copy()
+
+
+# A forked process has the averages as they are at that moment, and not the thread that was about to change them. Its
+# optimizers must not ask for an accelerator, which it cannot use.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_settle_all, after_in_child=_forget_copies)
