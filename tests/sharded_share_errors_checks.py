@@ -15,6 +15,8 @@ from torch.distributed.tensor import Shard
 
 import polyak
 import zoo
+from polyak.ranks import messages
+from polyak.store import gather
 from ranks import on
 from sharded_share_checks import Odd, drift, same_on_all
 from sharded_zoo import make, mesh_of, shard
@@ -184,7 +186,7 @@ def who_is_interrupted_while_waiting_sends_nothing_twice(folder, monkeypatch=pyt
         else:
             time.sleep(0.6)
 
-    for place in ("gathering._all_gather", "collectives._reduce"):
+    for module, function in ((gather, "_all_gather"), (messages, "_reduce")):
         model, _ = same_on_all(zoo.mlp)
         average = polyak.WeightAverage(model, shard_over=distributed.group.WORLD)
         average.update()
@@ -192,19 +194,18 @@ def who_is_interrupted_while_waiting_sends_nothing_twice(folder, monkeypatch=pyt
         raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         interrupted = False
         with monkeypatch.context() as patch:
-            patch.setattr("polyak.store.gather._MESSAGE_BYTES", 64)
-            patch.setattr("polyak.store.gather._LEAST_BYTES", 16)
-            module = getattr(polyak, place.partition(".")[0])
-            call = getattr(module, place.partition(".")[2])
+            patch.setattr(gather, "_MESSAGE_BYTES", 64)
+            patch.setattr(gather, "_LEAST_BYTES", 16)
+            call = getattr(module, function)
 
-            def first(*args, call=call, patch=patch, place=place, **kwargs):
-                patch.setattr(f"polyak.{place}", call)
+            def first(*args, call=call, patch=patch, module=module, function=function, **kwargs):
+                patch.setattr(module, function, call)
                 late()
                 return call(*args, **kwargs)
 
             try:
                 with average.swapped():
-                    patch.setattr(f"polyak.{place}", first)
+                    patch.setattr(module, function, first)
             except KeyboardInterrupt:
                 interrupted = True
         assert interrupted == own

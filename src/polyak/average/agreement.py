@@ -13,7 +13,7 @@ from torch import Tensor
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import checksums, parts_of
 from polyak.model import Entry
-from polyak.ranks import all_or_none, any_rank, apart, given_by_all, is_initialized, messages
+from polyak.ranks import all_or_none, any_rank, apart, given_by_all, is_initialized, sending
 
 from .core import Core
 
@@ -64,7 +64,7 @@ def check_alike(core: Core) -> None:
     found: list[str] = []
     for mesh in reversed(meshes):
         mine = dict(_settings(core, _entries_over(core, mesh)))
-        with messages():
+        with sending():
             groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
         found += [name for group in groups for name in _differences(given_by_all(mine, group))]
     if any_rank(len(found) > 0, meshes):

@@ -23,7 +23,7 @@ def is_initialized() -> bool:
 
 
 @contextmanager
-def messages() -> Generator[None, None, None]:
+def sending() -> Generator[None, None, None]:
     """Says what it means where torch cannot send a message, or gets none.
 
     Raises:
@@ -57,7 +57,7 @@ def whole(tensor: Tensor) -> Tensor:
     part = local(tensor)
     # Messages go between the devices of the mesh.
     wrapped = cast("Any", sharding.wrap(part.to(sharding.mesh.device_type)))
-    with messages():
+    with sending():
         for placements in sharding.unrolled():
             wrapped = wrapped.redistribute(placements=placements)
         return wrapped.full_tensor().to(part.device)
@@ -70,7 +70,7 @@ def any_rank(mine: bool, meshes: Sequence[Any]) -> bool:
         StateError: a message failed.
     """
     for mesh in meshes:
-        with messages():
+        with sending():
             flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
             for dimension in range(mesh.ndim):
                 _reduce(flag, distributed.ReduceOp.MAX, mesh.get_group(dimension))
@@ -96,7 +96,7 @@ class Question:
             StateError: a message failed.
         """
         for number, (mesh, dimension) in enumerate(self._meshes):
-            with messages():
+            with sending():
                 if len(self._asked) == number:
                     flag = torch.tensor([int(mine)], dtype=torch.int32, device=mesh.device_type)
                     work = _reduce(flag, distributed.ReduceOp.MAX, mesh.get_group(dimension), waits=False)
@@ -113,7 +113,7 @@ def apart(numbers: Sequence[int], mesh: Any) -> list[int]:
     Raises:
         StateError: a message failed.
     """
-    with messages():
+    with sending():
         mine = torch.tensor([_signed(number) for number in numbers], dtype=torch.int64, device=mesh.device_type)
         # The complement of the largest complement is the smallest.
         both = torch.stack([mine, ~mine])
@@ -128,7 +128,7 @@ def given_by_all(mine: Any, group: Any) -> list[Any]:
     Raises:
         StateError: a message failed.
     """
-    with messages():
+    with sending():
         given: list[Any] = [None] * cast("Any", distributed).get_world_size(group)
         cast("Any", distributed).all_gather_object(given, mine, group)
     return given
@@ -152,7 +152,7 @@ def sums_of_parts(
         if name in shardings:
             alike.setdefault((shardings[name].mesh, shardings[name].cutting), []).append(name)
     for (mesh, dimensions), names in alike.items():
-        with messages():
+        with sending():
             numbers = torch.tensor([found[name] for name in names], dtype=torch.float64, device=mesh.device_type)
             for dimension in dimensions:
                 _reduce(numbers, distributed.ReduceOp.SUM, mesh.get_group(dimension))

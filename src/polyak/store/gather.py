@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 
 from polyak.kernels import flat_parts
-from polyak.ranks import messages
+from polyak.ranks import sending
 
 from .shares import Replicas
 
@@ -101,7 +101,7 @@ def _rounds(parts: list[Tensor], bound: int) -> Iterator[list[Tensor]]:
 
 def _send(replicas: Replicas, buffer: _Buffer, mine: list[Tensor]) -> None:
     sent, received = buffer.get()
-    with messages():
+    with sending():
         if buffer.sending is None:
             start = 0
             for piece in mine:
