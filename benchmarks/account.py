@@ -30,14 +30,12 @@ def measure(rounds: int = 100, *, device: torch.device | str = "cpu") -> Account
         model = small_tensors()
     average = polyak.WeightAverage(model, polyak.Exponential(DECAY))
     core = average._core
-    (profile,) = core.profiles.values()
 
     def clock_and_growth() -> None:
-        clock = core.clock.tick(None)
-        clock.growth(profile, core.clock.updated_at)
+        core.clock.tick(None).growths(core.profiles.values(), since=core.store.updates.since)
 
     def kernel() -> None:
-        core.store.plan.run([WEIGHT])
+        core.store.updates.plan.run([WEIGHT])
 
     average.update()
     calls = {

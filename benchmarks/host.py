@@ -199,7 +199,7 @@ def reference_rate(size: int, device: torch.device) -> float:
 
 def idle_rate(average: polyak.WeightAverage, size: int, device: torch.device) -> float:
     """GiB a second of the copies of an update, while nothing else runs."""
-    host = average._core.store._host
+    host = average._core.store.updates
     return fastest(lambda: host._sets[0].staging.start().wait(), size, device)
 
 

@@ -39,7 +39,7 @@ def here(monkeypatch):
             patch.setattr(local, "transfer_for", transfer.transfer_for)
             average = polyak.WeightAverage(*arguments, **options)
         # So that none is made later, when tensors are replaced.
-        average._core.store.lent = True
+        average._core.store._may_use_worker = False
         return average
 
     return make

@@ -11,6 +11,8 @@ import polyak
 import zoo
 from polyak.average import core as core_module
 from polyak.kernels.gpu import seen
+from polyak.store import OnDevice
+from polyak.store.updates.inline import Inline
 
 # The interpreter computes with NumPy, which warns of infinities and NaNs.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -68,8 +70,8 @@ def test_a_bad_step_is_left_out_and_its_growth_applied_later(bad, mode):
                 for each in (model, twin):
                     each[0].weight.copy_(kept)
                     each[1].running_mean.zero_()
-    assert average._core.store.guard is not None
-    assert host._core.store.guard is None
+    assert isinstance(average._core.store.updates, OnDevice)
+    assert isinstance(host._core.store.updates, Inline)
     assert zoo.bit_equal(average.weights(), host.weights())
     assert (average.num_updates, average.report().num_skipped) == (6 - len(bad), len(bad))
 
@@ -138,17 +140,17 @@ def test_raise_in_a_graph_comes_with_the_second_next_advance(finish):
     """The first one orders the verdict, after the replay."""
     model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
     average.advance()
-    guard = average._core.store.guard
+    updates = average._core.store.updates
     with spoilt(model):
-        guard.run(look=True)
+        updates.run(look=True)
     finish()
     average.advance()
-    guard.run(look=True)
+    updates.run(look=True)
     finish()
     with pytest.raises(polyak.StateError, match=HELD_EARLIER):
         average.advance()
     average.advance()
-    guard.run(look=True)
+    updates.run(look=True)
     assert average.num_updates == 2
 
 
@@ -157,7 +159,7 @@ def test_wait_raises_for_the_last_replay():
     model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
     average.advance()
     with spoilt(model):
-        average._core.store.guard.run(look=True)
+        average._core.store.updates.run(look=True)
     with pytest.raises(polyak.StateError, match=HELD_EARLIER):
         average.wait()
     average.wait()
@@ -191,7 +193,7 @@ def test_a_restart_after_a_bad_step_takes_what_is_pending_along(mode):
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_what_a_graph_would_replay(mode, monkeypatch):
-    """The captured update is `guard.run`; each replay applies the growth of the moment."""
+    """The captured update is `OnDevice.run`; each replay applies the growth of the moment."""
     model, average, twin, host = pair(PROFILES, every=2, **mode)
     average.advance()
     with monkeypatch.context() as patch:
@@ -202,7 +204,7 @@ def test_what_a_graph_would_replay(mode, monkeypatch):
         drift(model, twin, seed=step)
         if step:
             average.advance()
-        average._core.store.guard.run(look=False)
+        average._core.store.updates.run(look=False)
         host.update()
         assert zoo.bit_equal(weights(average), weights(host))
     assert average.num_updates == host.num_updates == 3

@@ -138,7 +138,8 @@ def all_ranks_report_the_same(folder):
     if distributed.get_rank() % 2:
         place.add_(1)
     assert average.report().source_moved
-    average._core.clock = average._core.clock._replace(num_updates=1)
+    store = average._core.store
+    store.resume(store.updates.ledger()._replace(made=1))
     assert average.report().stuck == ("embedding.weight",)
 
 

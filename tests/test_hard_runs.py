@@ -46,7 +46,7 @@ class TestUpdates:
         average = polyak.WeightAverage(model, HALF)
         before = average.weights()["0.bias"]
         zoo.bump(model)
-        plan = type(average._core.store.plan)
+        plan = type(average._core.store.updates.plan)
         monkeypatch.setattr(plan, "run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             average.update()

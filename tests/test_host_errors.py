@@ -50,7 +50,7 @@ def test_what_is_not_finite_is_raised_at_the_next_call(machine, here, through):
     with torch.no_grad():
         model[0].weight.fill_(float("inf"))
     average.update()
-    average._core.store.settle()
+    average._core.store.updates.settle()
     with pytest.raises(polyak.StateError, match=r"held at an earlier update NaNs or infinities in '0\.weight'"):
         getattr(average, through)()
     model.load_state_dict(kept)
@@ -105,7 +105,7 @@ def broken(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(host._Set, "run", run)
             average.update()
-            average._core.store.settle()
+            average._core.store.updates.settle()
 
     return fail
 
@@ -166,7 +166,7 @@ def test_nothing_is_done_after_an_error(machine, here, monkeypatch):
     monkeypatch.setattr(host._Set, "run", run)
     with machine.busy():
         average.update(), average.update()
-    average._core.store.settle()
+    average._core.store.updates.settle()
     assert runs == [1]
 
 
@@ -196,7 +196,7 @@ def test_what_is_left_out_after_an_error_waits_for_its_copy(machine, here, monke
         machine.copied = Second
         average.update()
     threading.Timer(0.2, second.set).start()
-    average._core.store.settle()
+    average._core.store.updates.settle()
     assert waited
 
 

@@ -63,7 +63,7 @@ def test_the_bits_are_those_of_the_same_model_on_the_cpu(name, mode):
 @pytest.mark.protects
 def test_what_is_staged_is_pinned_and_copied_beside_the_training():
     _, average, *_ = pair(Large)
-    host = average._core.store._host
+    host = average._core.store.updates
     assert all(tensor.is_pinned() for each in host._sets for tensor in each.staging.tensors.values() if tensor.numel())
 
 
@@ -75,7 +75,7 @@ def test_an_optimizer_waits_for_the_copy_on_the_device(monkeypatch):
     model = nn.Linear(3000, 3000, bias=False).cuda()
     average = polyak.WeightAverage(model, polyak.Uniform(), device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    host = average._core.store._host
+    host = average._core.store.updates
     (lane,) = made[-1]._lanes
     for _ in range(3):
         model.weight.grad = torch.randn_like(model.weight)
@@ -105,9 +105,9 @@ def test_updates_of_steps_in_a_row_are_exact_without_waiting():
             each(inputs).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        before = average._core.clock.num_updates
+        before = average._core.num_updates
         average.update(at=step)
-        if average._core.clock.num_updates > before:
+        if average._core.num_updates > before:
             right.update(at=step)
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
     assert zoo.bit_equal(weights(average), weights(right))

@@ -74,14 +74,14 @@ def test_an_average_may_be_collected_within_an_optimizer_step(machine, here, mon
     model, average, *_ = pair(here, zoo.mlp, polyak.Exponential(0.9))
     gone = [polyak.WeightAverage(model, device="cpu")]
     ended = weakref.ref(gone[0]._core.store)
-    hold = host.Host.hold
+    hold = host.OnHost.hold
 
     def collecting(self):
         gone.clear()
         gc.collect()
         hold(self)
 
-    monkeypatch.setattr(host.Host, "hold", collecting)
+    monkeypatch.setattr(host.OnHost, "hold", collecting)
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     assert ended() is None
     assert average

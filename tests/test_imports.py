@@ -186,7 +186,7 @@ def test_files_are_looked_at_without_torch():
 def test_public_names():
     assert set(polyak.__all__) == {
         "Attachment",
-        "AverageView",
+        "Average",
         "Checkpoint",
         "Conversion",
         "Exponential",

@@ -22,7 +22,7 @@ def test_bytes_a_parameter_are_those_of_a_small_model(suite):
     assert average.report().num_bytes == sizing.kept_bytes(suite) * num_parameters
     moved = sum(
         row.source.nbytes + 2 * sum(tensor.nbytes for tensor in row.tensors[1:])
-        for row in average._core.store.plan.rows
+        for row in average._core.store.updates.plan.rows
     )
     assert moved == suite.bytes_per_parameter * num_parameters
 

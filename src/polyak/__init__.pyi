@@ -1,7 +1,7 @@
 """The public names, for type checkers. `__init__.py` loads each when it is first used."""
 
 from .average import Attachment as Attachment
-from .average import AverageView as AverageView
+from .average import Average as Average
 from .average import Report as Report
 from .average import WeightAverage as WeightAverage
 from .batchnorm import recalibrate_batchnorm as recalibrate_batchnorm

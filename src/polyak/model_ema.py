@@ -16,7 +16,7 @@ from polyak.kernels import check_floating_point, dead_zone
 from polyak.model import Source, build_module, check_not_standing, check_same_names, unwrap, walk
 from polyak.names import match
 from polyak.profiles import Exponential
-from polyak.store import LocalStore, Step
+from polyak.store import Store
 
 _logger = logging.getLogger(__name__)
 _PROFILE = "ema"
@@ -85,12 +85,11 @@ class ModelEma:
                 f"ModelEma keeps a whole module, and this {type(unwrap(model)).__name__} is sharded over ranks; "
                 "polyak.WeightAverage averages shards where they are"
             )
-        self._store = LocalStore(self._source.entries, [_PROFILE], device=chosen, lent=True)
+        self._store = Store(self._source.entries, [_PROFILE], device=chosen, may_use_worker=False)
         bare = unwrap(model)
         average = build_module(bare, self._source.entries, self._store.tensors(_PROFILE), owners=[self])
         self._average = Source(average, {}, include_frozen=True, any_device=True, any_dtype=True)
         self.ema = average if bare is model else _wrap_like(model, average)
-        self._num_updates = 0
         if resume:
             self._load_checkpoint(resume)
 
@@ -100,7 +99,7 @@ class ModelEma:
         return self.ema
 
     def __repr__(self) -> str:
-        return f"<ModelEma of decay {self.decay} after {self._num_updates} updates>"
+        return f"<ModelEma of decay {self.decay} after {self._store.updates.num_made()} updates>"
 
     def update(self, model: nn.Module) -> None:
         """Takes the model's weights into the average. Call it after `optimizer.step()`.
@@ -121,8 +120,8 @@ class ModelEma:
         if not self._average.is_current():
             self._follow_average()
         self._store.bind(self._source.entries)
-        self._num_updates += 1
-        self._store.submit(Step([self._growth[1]], self._num_updates))
+        self._store.updates.submit([self._growth[1]], at=0.0, look=False)
+        self._store.show_changes()
 
     def _follow_average(self) -> None:
         """Takes the tensors that `ema` has now for the store's, after somebody moved or replaced them."""

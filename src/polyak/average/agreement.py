@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from polyak.errors import MismatchError, StateError, listed
 from polyak.kernels import checksums, parts_of
 from polyak.model import Entry
-from polyak.ranks import all_or_none, any_rank, apart, given_by_all, is_initialized, sending
+from polyak.ranks import apart, given_by_all, is_initialized, reduced, sending
 
 from .core import Core
 
@@ -61,24 +62,35 @@ def check_alike(core: Core) -> None:
     meshes = core.store.meshes
     if not meshes:
         return
-    found: list[str] = []
-    for mesh in reversed(meshes):
-        mine = dict(_settings(core, _entries_over(core, mesh)))
-        with sending():
-            groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
-        found += [name for group in groups for name in _differences(given_by_all(mine, group))]
-    if any_rank(len(found) > 0, meshes):
+
+    @functools.cache
+    def numbers(mesh: Any) -> dict[str, int]:
+        settings = _number(list(_settings(core, _entries_over(core, mesh))))
+        return {"settings": settings, "weights": _number(_weights(core))}
+
+    apart_in = _compare(core, meshes, ("settings", "weights"), numbers)
+    if "settings" in apart_in:
+        found: list[str] = []
+        for mesh in reversed(meshes):
+            mine = dict(_settings(core, _entries_over(core, mesh)))
+            with sending():
+                groups = [mesh.get_group(dimension) for dimension in range(mesh.ndim)]
+            found += [name for group in groups for name in _differences(given_by_all(mine, group))]
         what = listed(dict.fromkeys(found), quoted=False) or "others than this one"
         raise MismatchError(
             f"ranks average differently: {what}. Each of them must have the same model, and a WeightAverage with the "
             "same arguments"
         )
-    check_replicas(core, "shard_over")
+    if "weights" in apart_in:
+        _raise_for_weights(core, "shard_over")
 
 
 @contextmanager
-def together(core: Core, call: str, *asked: object, sends: bool = True) -> Generator[None, None, None]:
+def agreed(core: Core, call: str, *asked: object, sends: bool = True) -> Generator[dict[str, Tensor], None, None]:
     """What ranks do before they send each other tensors: all of them come out of the `with`, or all of them raise.
+
+    Where they are alike they send each other a few numbers, once along each dimension of the meshes; what is different
+    is only asked where something is.
 
     Args:
         core: whose ranks.
@@ -86,84 +98,152 @@ def together(core: Core, call: str, *asked: object, sends: bool = True) -> Gener
         asked: what ranks must ask for alike, such as the name of an average.
         sends: whether ranks will send anything; where not, each is on its own.
 
+    Yields:
+        A dictionary for the tensors to which averages will be written, by name: ranks that share averages must have
+        them alike in dtype and in the order in memory.
+
     Raises:
         StateError: another rank raised an error, or is lost.
-        MismatchError: ranks have made different updates, ask for different things, or share averages and have other
-            weights.
+        MismatchError: ranks have made different updates, ask for different things, share averages and have other
+            weights, or have targets of other kinds.
     """
-    meshes = core.store.meshes if sends else []
-    with all_or_none(meshes, call):
-        yield
-    numbers = [_number((core.clock.state(), core.store.pending)), _number((call.partition("(")[0], asked))]
-    # Meshes may cross, so that each rank sees those along its own lines only, and hears of the rest.
-    seen = [
-        position
-        for mesh in meshes
-        for position in apart([*numbers, _number(_kinds(core, _entries_over(core, mesh)))], mesh)
-    ]
-    if any_rank(len(seen) > 0, meshes[:-1]):
-        if 1 in seen:
-            difference = f"ask for different things, this one for {', '.join(map(str, asked)) or call}"
-        elif 2 in seen:
-            difference = "average different tensors, as after an adapt() on some of them"
-        else:
-            difference = (
-                f"have made different updates, this one {core.clock.num_updates} until time {core.clock.time:g}"
-            )
-        raise MismatchError(
-            f"{call}: ranks {difference}, so that their parts do not belong together. Nothing was written. Every rank "
-            "must make the same calls"
-        )
-    if sends:
-        check_replicas(core, call)
-
-
-def _number(state: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "big")
-
-
-def check_targets(core: Core, call: str, targets: Mapping[str, Tensor]) -> None:
-    """Raises on every rank where ranks that share averages are about to write them to tensors of another kind.
-
-    Raises:
-        MismatchError: ranks differ.
-        StateError: a message failed.
-    """
-    replicas = core.store.replicas
-    if replicas is None:
+    meshes = core.store.meshes
+    if not (sends and meshes):
+        yield {}
         return
+    topics = ("asked", "tensors", "updates", "weights", "targets")
+    targets: dict[str, Tensor] = {}
+    try:
+        yield targets
+        ledger = core.ledger()
+    except BaseException:
+        # What this rank knows says more than that the others do not answer any more.
+        with suppress(StateError):
+            _compare(core, meshes, topics, None)
+        raise
+    common = {
+        "asked": _number((call.partition("(")[0], asked)),
+        "updates": _number((core.clock, ledger.made, ledger.since, ledger.pending)),
+    }
     # Messages hold numbers as they lie in memory.
-    kinds = {name: _number((targets[name].dtype, targets[name].stride())) for name in core.store.shared}
-    found = [list(kinds)[position] for position in apart(list(kinds.values()), replicas.mesh)]
-    if any_rank(len(found) > 0, core.store.meshes):
+    kinds = {name: (targets[name].dtype, targets[name].stride()) for name in core.store.wholes if name in targets}
+    common |= {"weights": _number(_weights(core)), "targets": _number(kinds)}
+
+    @functools.cache
+    def numbers(mesh: Any) -> dict[str, int]:
+        return {**common, "tensors": _number(_kinds(core, _entries_over(core, mesh)))}
+
+    apart_in = _compare(core, meshes, topics, numbers)
+    if _ERROR in apart_in:
+        raise StateError(f"{call}: another rank raised an error, which says why; nothing was written")
+    difference = {
+        "asked": f"ask for different things, this one for {', '.join(map(str, asked)) or call}",
+        "tensors": "average different tensors, as after an adapt() on some of them",
+        "updates": f"have made different updates, this one {ledger.made} until time {core.clock.time:g}",
+    }
+    for text in (text for topic, text in difference.items() if topic in apart_in):
         raise MismatchError(
-            f"{call}: ranks gave models that differ in {listed(found) or 'tensors, others than this one'}. Those that "
+            f"{call}: ranks {text}, so that their parts do not belong together. Nothing was written. "
+            "Every rank must make the same calls"
+        )
+    if "weights" in apart_in:
+        _raise_for_weights(core, call)
+    if "targets" in apart_in:
+        names = _names_apart(core, {name: _number(kind) for name, kind in kinds.items()})
+        raise MismatchError(
+            f"{call}: ranks gave models that differ in {listed(names) or 'tensors, others than this one'}. Those that "
             "share averages need models of the same dtypes, in the same order in memory. Nothing was written"
         )
 
 
-def check_replicas(core: Core, call: str) -> None:
-    """Raises on every rank where ranks that share the averages of one model have other weights.
+# That a rank has raised an error, among what ranks differ in.
+_ERROR = "error"
+# Of ranks that share averages only.
+_AMONG_SHARES = frozenset({"weights", "targets"})
+_NOTHING = -(1 << 63)
+
+
+def _compare(
+    core: Core, meshes: Sequence[Any], topics: Sequence[str], numbers: Callable[[Any], Mapping[str, int]] | None
+) -> set[str]:
+    """In which topics any two ranks have different numbers; all of them get the same.
+
+    Args:
+        core: whose ranks.
+        meshes: the ranks, the largest mesh last.
+        topics: what is compared.
+        numbers: of 64 bits for each topic, as they are to be on all ranks of a mesh; None: this rank raised an error.
 
     Raises:
-        MismatchError: ranks differ.
         StateError: a message failed.
     """
-    replicas = core.store.replicas
-    if replicas is None:
-        return
+    found = {_ERROR} if numbers is None else set[str]()
+    every = (_ERROR, *topics)
+    for mesh, dimension, compared in _lines(core, meshes, topics):
+        mine: Mapping[str, int] = {} if numbers is None else numbers(mesh)
+        ends = [(mine[topic], ~mine[topic]) if topic in mine else (_NOTHING, _NOTHING) for topic in compared]
+        flags = [int(topic in found) for topic in every]
+        highest = reduced([*flags, *(number for pair in ends for number in pair)], mesh, dimension)
+        found = {topic for topic, flag in zip(every, highest, strict=False) if flag}
+        # The complement of the largest complement is the smallest.
+        pairs = zip(highest[len(every) :: 2], highest[len(every) + 1 :: 2], strict=True)
+        found |= {topic for topic, (high, low) in zip(compared, pairs, strict=True) if high != ~low}
+    # Meshes may cross, so that each rank sees those along its own lines only, and hears of the rest.
+    for mesh in meshes[:-1]:
+        for dimension in range(mesh.ndim):
+            flags = reduced([int(topic in found) for topic in every], mesh, dimension)
+            found = {topic for topic, flag in zip(every, flags, strict=True) if flag}
+    return found
+
+
+def _lines(core: Core, meshes: Sequence[Any], topics: Sequence[str]) -> list[tuple[Any, int, list[str]]]:
+    """Along which dimensions of which meshes ranks compare what."""
+    lines = [
+        (mesh, d, [topic for topic in topics if topic not in _AMONG_SHARES])
+        for mesh in meshes
+        for d in range(mesh.ndim)
+    ]
+    shared = core.store.shares
+    if shared.mesh is not None and meshes:
+        ranks_of = distributed.get_process_group_ranks
+        with sending():
+            among = (each for mesh, d, each in lines if ranks_of(mesh.get_group(d)) == ranks_of(shared.group))
+            compared = next(among, None)
+        if compared is None:
+            lines.insert(0, (shared.mesh, 0, compared := []))
+        compared += [topic for topic in topics if topic in _AMONG_SHARES]
+    return lines
+
+
+def _number(state: object) -> int:
+    """A digest of 63 bits, so that it and its complement are numbers of 64 bits with a sign."""
+    return int.from_bytes(hashlib.blake2b(repr(state).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _names_apart(core: Core, numbers: Mapping[str, int]) -> list[str]:
+    """The names of which ranks that share averages have different numbers."""
+    positions = apart(list(numbers.values()), core.store.shares.mesh)
+    return [list(numbers)[position] for position in positions]
+
+
+def _weights(core: Core) -> dict[str, int]:
+    """What must be the same, bit for bit, on ranks that share the averages of one model."""
+    if core.store.shares.mesh is None:
+        return {}
     weights = {e.name: e.local for e in core.source.entries if _is_weight(e)}
-    # Messages hold numbers as they lie in memory.
-    strides = [_number(tensor.stride()) for tensor in weights.values()]
     sums = checksums(list(weights.values()))
-    positions = apart([total ^ stride for total, stride in zip(sums, strides, strict=True)], replicas.mesh)
-    found = [list(weights)[position] for position in positions]
-    if any_rank(len(found) > 0, core.store.meshes):
-        raise MismatchError(
-            f"{call}: ranks that share averages have different {listed(found) or 'weights, others than this one'}. "
-            "Each takes what the others have for its own, so nothing was written. They must start from the same "
-            "weights, in the same order in memory, as DistributedDataParallel makes them, and make the same steps"
-        )
+    # Messages hold numbers as they lie in memory.
+    kinds = [_number(tensor.stride()) for tensor in weights.values()]
+    return {name: total ^ kind for name, total, kind in zip(weights, sums, kinds, strict=True)}
+
+
+def _raise_for_weights(core: Core, call: str) -> None:
+    found = _names_apart(core, _weights(core))
+    raise MismatchError(
+        f"{call}: ranks that share averages have different {listed(found) or 'weights, others than this one'}. "
+        "Each takes what the others have for its own, so nothing was written. They must start from the same "
+        "weights, in the same order in memory, as DistributedDataParallel makes them, and make the same steps"
+    )
 
 
 def _entries_over(core: Core, mesh: Any) -> list[Entry]:
@@ -172,12 +252,12 @@ def _entries_over(core: Core, mesh: Any) -> list[Entry]:
     Other plain tensors are each rank's own business: experts of a mixture may well be others elsewhere. So are sharded
     ones of ranks outside of their mesh.
     """
-    shardings, replicas = core.store.shardings, core.store.replicas
-    replicated = replicas is not None and replicas.mesh == mesh
+    lies, shared = core.store.lies, core.store.shares.mesh
+    there = {name: mesh if sharding is None else sharding.mesh for name, sharding in lies.items()}
     return [
         e
         for e in core.source.entries
-        if (shardings[e.name].mesh == mesh if e.name in shardings else replicated and _is_weight(e))
+        if there[e.name] == mesh and (lies[e.name] is not None or (mesh == shared and _is_weight(e)))
     ]
 
 
@@ -197,25 +277,24 @@ def _kinds(core: Core, entries: Sequence[Entry]) -> list[tuple[object, ...]]:
 def _settings(core: Core, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
     """What all ranks must have alike."""
     store = core.store
-    shared = store.shared
     yield "the tensors of the model, or rules=", ("", repr(_kinds(core, entries)))
     yield "the profiles", ("", repr(core.profiles))
     yield "every= or start=", ("", repr((core.clock.every, core.clock.start)))
     yield "dtype=, compensated= or seed=", ("", repr(store.modes))
     yield "nonfinite=", ("", repr(core.nonfinite))
-    yield "shard_over=", ("", repr(sorted(e.name for e in entries if e.name in shared)))
+    yield "shard_over=", ("", repr(sorted(e.name for e in entries if e.name in store.wholes)))
 
 
 def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str]]]:
     core.verify()
     store = core.store
-    yield "the clock", ("", repr((core.clock.state(), store.pending)))
+    yield "the clock", ("", repr((core.clock, core.ledger())))
     yield from _settings(core, core.source.entries)
     entries = [entry for entry in core.source.entries if entry.is_parameter or buffers]
     for profile in core.profiles:
         tensors, seconds = store.tensors(profile), store.seconds[profile]
         for entry in entries:
-            sharding = store.shardings.get(entry.name)
+            sharding = store.lies[entry.name]
             place = "" if sharding is None else sharding.label
             place = place if core.source.flat_rank is None else str(core.source.flat_rank)
             found = [kept[entry.name] for kept in (tensors, seconds) if entry.name in kept]
@@ -223,7 +302,7 @@ def _digests(core: Core, *, buffers: bool) -> Iterator[tuple[str, tuple[str, str
                 yield f"{entry.name} ({profile})", (place, _digest(found))
     if core.swapped is None:
         # Of what is shared, no two ranks have the same part: they are as right as its source is.
-        for entry in (entry for entry in entries if entry.name in store.shared):
+        for entry in (entry for entry in entries if entry.name in store.wholes):
             place = "" if entry.sharding is None else entry.sharding.label
             yield f"{entry.name} of the model", (place, _digest([entry.local]))
 

@@ -14,13 +14,13 @@ from polyak.model import Watch, build_module, extra_states, match_sites
 from polyak.profiles import Profile
 from polyak.ranks import local
 
-from .agreement import check_targets, together
+from .agreement import agreed
 from .core import Core
 from .export import by_every_name, check_can_be_whole, export
 from .swapped import check_not_standing, raise_if_changed, swap_in, swap_out, swapped
 
 
-class AverageView:
+class Average:
     """One average by its name, as `average[name]` gives it. It holds nothing of its own.
 
     Example:
@@ -34,8 +34,18 @@ class AverageView:
 
     def __init__(self, core: Core, name: str, *, owner: object) -> None:
         self._core = core
-        self._owner = owner
-        self.name = name
+        self.__name = name
+        self.__owner = owner
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.__name
+
+    @property
+    def _owner(self) -> object:
+        """What the user holds, for a copy of a model that holds it."""
+        return self.__owner
 
     @property
     def profile(self) -> Profile:
@@ -89,7 +99,7 @@ class AverageView:
         source, and so is what modules give by `get_extra_state`; non-persistent buffers are not.
         """
         core = self._core
-        with together(core, "weights()", self.name):
+        with agreed(core, "weights()", self.name):
             core.verify()
             check_can_be_whole(core, "weights()")
         tensors = by_every_name(core, core.store.tensors(self.name))
@@ -119,13 +129,12 @@ class AverageView:
             StateError: an average stands in the source.
         """
         core = self._core
-        with together(core, "copy_to()", self.name, sends=core.store.replicas is not None):
+        with agreed(core, "copy_to()", self.name, sends=core.store.shares.mesh is not None) as targets:
             check_not_standing(core.source.bare, "copy_to()")
             core.verify()
             entries = core.source.entries
             found = match_sites(model, entries, given_by="the given model")
-        targets = {entry.name: local(found[entry.name][0].tensor) for entry in entries}
-        check_targets(core, "copy_to()", targets)
+            targets |= {entry.name: local(found[entry.name][0].tensor) for entry in entries}
         tensors = core.store.tensors(self.name)
         with torch.no_grad():
             core.store.write_to(
@@ -147,18 +156,18 @@ class AverageView:
         if dtype is not None:
             check_floating_point(dtype)
         self._check_whole("module()")
-        with together(core, "module()", self.name, dtype, sends=core.store.replicas is not None):
+        with agreed(core, "module()", self.name, dtype, sends=core.store.shares.mesh is not None):
             core.verify()
         tensors = core.store.tensors(self.name)
         copies: dict[str, Tensor] = {}
         for entry in core.source.entries:
             wanted = entry.tensor.dtype if dtype is None or not entry.tensor.is_floating_point() else dtype
             kept = tensors.get(entry.name, entry.tensor).detach()
-            if entry.name in core.store.shared:
+            if entry.name in core.store.wholes:
                 copies[entry.name] = torch.empty_like(entry.tensor.detach(), dtype=wanted, device=kept.device)
             else:
                 copies[entry.name] = kept.to(wanted, copy=True)
-        core.store.write_to({name: copies[name] for name in core.store.shared}, tensors)
+        core.store.write_to({name: copies[name] for name in core.store.wholes}, tensors)
         return build_module(core.source.bare, core.source.entries, copies, owners=(self._owner, core))
 
     def _check_whole(self, call: str) -> None:
@@ -184,7 +193,7 @@ class AverageView:
         core = self._core
         check_not_standing(core.source.bare, "live_module()")
         self._check_whole("live_module()")
-        if core.store.replicas is not None:
+        if core.store.shares.mesh is not None:
             raise StateError(
                 "live_module() with shard_over=: each rank has its share of the average only. module() puts it together"
             )
@@ -192,7 +201,6 @@ class AverageView:
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)
-        core.store.lent = True
         return module
 
     def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:

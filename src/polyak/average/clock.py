@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 from polyak.errors import StateError
 from polyak.profiles import Profile
@@ -17,18 +18,14 @@ class Clock(NamedTuple):
         start: where on the axis time 0 of the profiles is; up to there the average is a copy of the source.
         axis: what time counts, decided by the first call: calls, or what the caller passes as `at`.
         time: the time of the last call.
-        updated_at: the time of the last update.
         num_calls: how often it was called.
-        num_updates: how many of the calls were updates.
     """
 
     every: int = 1
     start: float = 0.0
     axis: Literal["calls", "at"] | None = None
     time: float = 0.0
-    updated_at: float = 0.0
     num_calls: int = 0
-    num_updates: int = 0
 
     def tick(self, at: float | None) -> Clock:
         """The clock after one more call.
@@ -49,36 +46,28 @@ class Clock(NamedTuple):
                 f"update(at={at!r}): time must advance, and was {self.time:g} before; give the time after the "
                 "optimizer's step, such as the number of images seen so far"
             )
-        num_calls = self.num_calls + 1
-        due = num_calls % self.every == 0
-        updated_at = time if due else self.updated_at
-        return Clock(self.every, self.start, axis, time, updated_at, num_calls, self.num_updates + due)
-
-    def growth(self, profile: Profile, previous: float) -> float:
-        """The growth of a profile from an earlier time of this clock to its last update."""
-        if self.updated_at <= self.start:
-            return math.inf
-        return profile.growth(max(previous - self.start, 0.0), self.updated_at - self.start)
+        return Clock(self.every, self.start, axis, time, self.num_calls + 1)
 
     @property
-    def num_skipped(self) -> int:
-        """How many updates were due and left out."""
-        return self.num_calls // self.every - self.num_updates
+    def is_due(self) -> bool:
+        """Whether the last call makes an update."""
+        return self.num_calls % self.every == 0
 
     @property
-    def profile_time(self) -> float:
-        """The time of the last update as profiles count it."""
-        return max(self.updated_at - self.start, 0.0)
+    def num_due(self) -> int:
+        """How many updates were due."""
+        return self.num_calls // self.every
 
-    def state(self) -> dict[str, Any]:
-        """What changes as the clock runs, as plain data."""
-        return {
-            "axis": self.axis,
-            "time": self.time,
-            "updated_at": self.updated_at,
-            "num_calls": self.num_calls,
-            "num_updates": self.num_updates,
-        }
+    def growths(self, profiles: Iterable[Profile], *, since: float) -> list[float]:
+        """The growth of each profile from an earlier time of this clock to the last call."""
+        if self.time <= self.start:
+            return [math.inf for _ in profiles]
+        previous, now = self.profile_time(since), self.profile_time(self.time)
+        return [profile.growth(previous, now) for profile in profiles]
+
+    def profile_time(self, time: float) -> float:
+        """A time of this clock as profiles count it."""
+        return max(time - self.start, 0.0)
 
 
 def make_clock(*, every: int, start: float) -> Clock:

@@ -15,8 +15,8 @@ from polyak.errors import StateError, listed, outside
 from polyak.kernels import checksums, is_capturing
 from polyak.model import Source, Watch
 from polyak.profiles import Profile
-from polyak.ranks import Question, any_rank
-from polyak.store import LocalStore, Step
+from polyak.ranks import Question
+from polyak.store import Ledger, OnDevice, Refused, Store
 
 from .attach import Attachment
 from .clock import Clock
@@ -47,7 +47,7 @@ class Core:
     profiles: dict[str, Profile]
     clock: Clock
     source: Source
-    store: LocalStore
+    store: Store
     live: weakref.WeakKeyDictionary[nn.Module, Watch] = field(
         default_factory=weakref.WeakKeyDictionary[nn.Module, Watch]
     )
@@ -94,7 +94,6 @@ class Core:
                 "an average that lies over several ranks cannot be pickled or copied, for the ranks cannot: save its "
                 "state_dict() by torch.distributed.checkpoint, or make another average of the model"
             )
-        self.catch_up()
         # A copy has no live modules and attached optimizers until it gets its own.
         return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}
 
@@ -103,7 +102,7 @@ class Core:
 
     def warn_if_never_updated(self, what: str) -> None:
         """Warns, once, where an average is used that no update has reached yet."""
-        if self.clock.num_updates == 0 and not self.warned:
+        if self.num_updates == 0 and not self.warned:
             self.warned = True
             warnings.warn(
                 f"the average is {what} after 0 updates: it is what the model was when it was made. Call update() "
@@ -111,61 +110,65 @@ class Core:
                 stacklevel=outside(),
             )
 
+    @property
+    def looks(self) -> bool:
+        """Whether updates are left out where the source is not finite."""
+        return self.nonfinite != "propagate"
+
     def update(self, at: float | None) -> None:
         """One call of the clock, and an update where one is due and the source is fit for it."""
-        look = self.nonfinite != "propagate"
         if is_capturing():
-            self._capture(at, look=look)
+            self._capture(at)
             return
         clock = self.clock.tick(at)
-        if clock.num_updates > self.clock.num_updates:
-            since = self.clock.updated_at
-            growth = [clock.growth(profile, since) for profile in self.profiles.values()]
+        if clock.is_due:
             self.follow_source()
-            # One device does not know what others have found.
-            late = look and not self.store.meshes and self.store.decides_late(self.clock.num_updates)
-            if late:
-                self._raise_late()
-            fit = late or not look or self._check_finite()
-            if not (fit and self.store.submit(Step(growth, clock.num_updates, late))):
-                # As if no update had been due: the next one reaches back to the last that was made.
-                clock = clock._replace(updated_at=self.clock.updated_at, num_updates=self.clock.num_updates)
+            updates = self.store.updates
+            if self.nonfinite == "raise":
+                # Before anything is added, so that a raise changes nothing.
+                _raise_for(updates.late(), when=_EARLIER)
+            growths = clock.growths(self.profiles.values(), since=updates.since)
+            refused = updates.submit(growths, at=clock.time, look=self.looks)
+            if self.nonfinite == "raise":
+                _raise_for(refused, when="holds")
+            if self.live:
+                self.store.show_changes()
         self.clock = clock
 
-    def _capture(self, at: float | None, *, look: bool) -> None:
+    def _capture(self, at: float | None) -> None:
         """Puts an update into the CUDA graph that is being captured; `advance` says what each replay applies."""
         self._check_can_be_captured()
-        if self.store.guard is None:
+        self.follow_source()
+        updates = self.store.updates
+        if not (isinstance(updates, OnDevice) and updates.is_advanced):
             raise StateError(
                 "update() inside of a CUDA graph's capture: call advance() before the capture and before each replay. "
                 "It ticks the clock, and the captured update() applies what it gives"
             )
         if at is not None:
             raise ValueError(f"update(at={at!r}) inside of a CUDA graph's capture: give the time to advance(at=...)")
-        self.follow_source()
-        self.store.guard.run(look=look)
+        updates.run(look=self.looks)
 
     def advance(self, at: float | None) -> None:
         """One call of the clock, whose growth stays pending on the device until an update there applies it."""
         self._check_can_be_captured()
-        if self.nonfinite != "propagate" and self.store.meshes:
+        if self.looks and self.store.meshes:
             raise StateError(
                 f"advance() with nonfinite={self.nonfinite!r} of a model that is sharded over ranks: they agree on "
                 "each update, which one that is captured in a CUDA graph cannot. Leave nonfinite= out"
             )
         clock = self.clock.tick(at)
         self.follow_source()
-        guard = self.store.decide_on_device(self.clock.num_updates)
-        if guard is None:
+        updates = self.store.let_device_decide()
+        if updates is None:
             raise StateError(
                 "advance() is for CUDA graphs, whose updates the device decides about, with the kernel in Triton; here "
-                f"call update() alone. The plan is\n{self.store.plan}"
+                f"call update() alone. The plan is\n{self.store.updates.plan}"
             )
-        self._raise_late()
-        # Asks for the verdict on the last replay: a capture cannot record an event, and nothing runs after a replay.
-        guard.note()
-        if clock.num_updates > self.clock.num_updates:
-            guard.add([clock.growth(profile, self.clock.updated_at) for profile in self.profiles.values()])
+        if self.nonfinite == "raise":
+            _raise_for(updates.late(), when=_EARLIER)
+        growths = clock.growths(self.profiles.values(), since=updates.since) if clock.is_due else None
+        updates.advance(growths, at=clock.time)
         self.clock = clock
 
     def _check_can_be_captured(self) -> None:
@@ -178,34 +181,21 @@ class Core:
     @property
     def num_updates(self) -> int:
         """How many updates were made; waits where that is not known."""
-        if self.nonfinite != "propagate" or not self.store.num_staging_bytes:
-            self.catch_up()
-        return self.clock.num_updates
+        return self.store.updates.num_made()
+
+    def ledger(self) -> Ledger:
+        """What became of the updates; waits until nobody makes one any more.
+
+        Raises:
+            StateError: an update failed.
+        """
+        return self.store.updates.ledger().checked()
 
     def wait(self) -> None:
         """Waits until every update is in the averages, and raises what there is to raise."""
-        self.catch_up()
-        self._raise_late()
-
-    def catch_up(self) -> None:
-        """Learns how many updates were made, from the device or worker that decides about them; waits for it."""
-        number = self.store.catch_up()
-        if number is not None:
-            self.clock = self.clock._replace(num_updates=number)
-
-    def _raise_late(self) -> None:
-        """Raises for an earlier update that was left out, as soon as that is known without waiting for it."""
-        names = self.store.late_bad_names() if self.nonfinite == "raise" else []
-        if names:
-            raise StateError(_non_finite(names, when="held at an earlier update"))
-
-    def _check_finite(self) -> bool:
-        names = self.store.non_finite()
-        if not any_rank(len(names) > 0, self.store.meshes):
-            return True
+        self.ledger()
         if self.nonfinite == "raise":
-            raise StateError(_non_finite(names, when="holds"))
-        return False
+            _raise_for(self.store.updates.late(), when=_EARLIER)
 
     def follow_source(self) -> None:
         """The check of every update: the store's sources are the model's present tensors."""
@@ -220,7 +210,7 @@ class Core:
 
     def verify(self) -> None:
         """The thorough check, for what may take its time; while an average stands in the source it waits."""
-        self.catch_up()
+        self.ledger()
         if self.swapped is None:
             self._refresh()
 
@@ -247,7 +237,6 @@ class Core:
             raise StateError(
                 "adapt() while a live module shares the average's tensors: drop it first, ask for it after"
             )
-        self.catch_up()
         source = self.source.again()
         self.store = self.store.again(source.entries)
         self.source = source
@@ -264,9 +253,15 @@ class Core:
                 )
 
 
-def _non_finite(names: list[str], *, when: str) -> str:
-    where = listed(names) or "parts that other ranks have"
-    return (
+_EARLIER = "held at an earlier update"
+
+
+def _raise_for(refused: Refused | None, *, when: str) -> None:
+    """Raises for an update that was left out."""
+    if refused is None:
+        return
+    where = listed(refused.names) or "parts that other ranks have"
+    raise StateError(
         f"the model {when} NaNs or infinities in {where}, which would stay in the average for ever. The "
         "average is as it was; with nonfinite='skip' such updates are left out"
     )

@@ -16,7 +16,7 @@ from polyak.kernels import cast_floating_point, check_floating_point, is_plain
 from polyak.model import ADAPTER_FILE, adapter_weights, extra_states, is_adapted, write_adapter_config
 from polyak.ranks import all_or_none, is_first, local, whole
 
-from .agreement import together
+from .agreement import agreed
 from .core import Core
 
 _PICKLED = frozenset({".pt", ".pth", ".ckpt", ".bin", ".pkl", ".tar"})
@@ -53,7 +53,7 @@ def _live_by_every_name(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, 
     for entry in core.source.entries:
         if entry.persistent_names:
             tensor = tensors.get(entry.name, entry.local).detach()
-            sharding = core.store.shardings.get(entry.name) if entry.name in tensors else entry.sharding
+            sharding = core.store.lies[entry.name] if entry.name in tensors else entry.sharding
             if sharding is not None:
                 tensor = sharding.wrap(tensor)
             found.update(dict.fromkeys(entry.persistent_names, tensor))
@@ -71,7 +71,7 @@ def check_can_be_whole(core: Core, call: str) -> None:
 
 
 def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.dtype | None) -> None:
-    """Writes an average to a file; see `AverageView.export`.
+    """Writes an average to a file; see `Average.export`.
 
     Of the ranks over which a model is sharded one writes, and takes tensor by tensor what all of them give.
     """
@@ -81,12 +81,12 @@ def export(core: Core, name: str, path: str | os.PathLike[str], *, dtype: torch.
     check_can_be_whole(core, "export()")
     meshes = core.store.meshes
     what = f"export({os.fspath(path)!r})"
-    with together(core, what, name, dtype):
+    with agreed(core, what, name, dtype):
         target, tensors = _prepare(core, name, path, dtype, writes=is_first(meshes))
     metadata = {
         "profile": json.dumps(core.profiles[name].describe()),
         "time": repr(core.clock.time),
-        "num_updates": str(core.clock.num_updates),
+        "num_updates": str(core.num_updates),
     }
     given = iter(in_file_order(tensors))
 

@@ -144,7 +144,7 @@ class Report:
 
 def make_report(core: Core, *, total: float | None = None) -> Report:
     """Looks at a `WeightAverage`; `total` is the length of the run, for a warning where an average is longer."""
-    clock, store = core.clock, core.store
+    clock, store, ledger = core.clock, core.store, core.ledger()
     if total is not None and not 0 < total < math.inf:
         raise ValueError(f"total={total!r}: the length of the run is a finite time above 0")
     if total is not None:
@@ -155,9 +155,9 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
         tensors = store.tensors(name)
         squares = {key: _squares(tensors[key], raw[key]) for key in store.names}
         parts: dict[str, list[tuple[float, ...]]] = {}
-        for key, sums in sums_of_parts(squares, store.shardings).items():
+        for key, sums in sums_of_parts(squares, store.lies).items():
             parts.setdefault(key.partition(".")[0], []).append(sums)
-        now = clock.profile_time
+        now = clock.profile_time(ledger.since)
         averages.append(
             AverageReport(
                 name,
@@ -191,8 +191,8 @@ def make_report(core: Core, *, total: float | None = None) -> Report:
         )
     return Report(
         num_calls=clock.num_calls,
-        num_updates=clock.num_updates,
-        num_skipped=clock.num_skipped,
+        num_updates=ledger.made,
+        num_skipped=clock.num_due - ledger.made,
         time=clock.time,
         source_moved=bool(moved),
         averages=tuple(averages),
@@ -231,7 +231,7 @@ def _find_moved(core: Core, raw: Mapping[str, Tensor]) -> set[str]:
 
 def _find_stuck(core: Core, moved: set[str]) -> set[str]:
     """Those of the moved entries that are still, bit for bit, what they were at first, in every average."""
-    if core.clock.num_updates == 0:
+    if core.num_updates == 0:
         return set()
     # One that is rounded by chance may stay where it is.
     if core.store.modes.is_stochastic:
@@ -246,7 +246,7 @@ def _find_stuck(core: Core, moved: set[str]) -> set[str]:
 
 def _on_any_rank(core: Core, mine: Mapping[str, bool]) -> set[str]:
     """The names of which it is so in some rank's part."""
-    found = sums_of_parts({name: (float(it_is),) for name, it_is in mine.items()}, core.store.shardings)
+    found = sums_of_parts({name: (float(it_is),) for name, it_is in mine.items()}, core.store.lies)
     return {name for name, (number,) in found.items() if number}
 
 

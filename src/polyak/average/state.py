@@ -27,6 +27,7 @@ from polyak.errors import FileFormatError, MismatchError, StateError, listed
 from polyak.kernels import DRAW, copy_, is_plain
 from polyak.model import check_same_names
 from polyak.ranks import describe, is_sharded, local, sharding_of
+from polyak.store import Ledger
 
 from .clock import Clock
 from .core import Core
@@ -37,6 +38,7 @@ VERSION = 1
 
 def save_state(core: Core) -> dict[str, Any]:
     """The state, whose tensors are the averages themselves."""
+    ledger = core.ledger()
     configuration = _configuration(core)
     fingerprint = _fingerprint(core, configuration)
     loose = {entry.name for entry in core.source.entries if entry.is_loose}
@@ -52,8 +54,8 @@ def save_state(core: Core) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "configuration": configuration,
-        "clock": core.clock.state(),
-        "pending": dict(core.store.pending),
+        "clock": _saved_clock(core.clock, ledger),
+        "pending": dict(zip(core.profiles, ledger.pending, strict=True)),
         "ties": {entry.name: list(entry.aliases) for entry in core.source.entries if entry.aliases},
         "frozen": core.source.saved_sums,
         "averages": {fingerprint: averages},
@@ -69,8 +71,8 @@ def _lasting(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _wrapped(core: Core, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by name as they lie over the ranks."""
-    shardings = core.store.shardings
-    return {name: shardings[name].wrap(t) if name in shardings else t for name, t in tensors.items()}
+    lies = core.store.lies
+    return {name: t if (sharding := lies[name]) is None else sharding.wrap(t) for name, t in tensors.items()}
 
 
 def load_state(core: Core, state: Mapping[str, Any]) -> None:
@@ -84,7 +86,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
             f"{_explain(state['configuration'], configuration)}. Make the WeightAverage as it was then"
         )
     fingerprint = _fingerprint(core, configuration)
-    clock = _read_clock(core.clock, state["clock"])
+    clock, made, since = _read_clock(core.clock, state["clock"])
     try:
         pending = {name: float(state["pending"][name]) for name in core.profiles}
         given = {name: _dictionary(state["averages"][fingerprint][name]) for name in core.profiles}
@@ -109,10 +111,10 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
         apart = [name for name in kept if not _is_same(kept[name], matched[name])]
         targets += [kept[name] for name in apart]
         sources += [matched[name] for name in apart]
-    core.store.settle()
+    core.store.updates.settle()
     with torch.no_grad():
         copy_(targets, sources)
-    core.store.resume(pending)
+    core.store.resume(Ledger(tuple(pending.values()), made, since))
     core.clock = clock
     core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
@@ -177,18 +179,29 @@ def _check_draw(saved: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     )
 
 
-def _read_clock(clock: Clock, saved: Mapping[str, Any]) -> Clock:
+def _saved_clock(clock: Clock, ledger: Ledger) -> dict[str, Any]:
+    """What changes as the clock runs, as plain data. `updated_at` is the time from which the next growth counts."""
+    return {
+        "axis": clock.axis,
+        "time": clock.time,
+        "updated_at": ledger.since,
+        "num_calls": clock.num_calls,
+        "num_updates": ledger.made,
+    }
+
+
+def _read_clock(clock: Clock, saved: Any) -> tuple[Clock, int, float]:
+    """The clock, how many updates were made, and the time from which the next growth counts."""
     try:
-        read = clock._replace(**saved)
-        times, counts = (read.time, read.updated_at), (read.num_calls, read.num_updates)
-        right = all(type(time) is float for time in times) and all(type(count) is int for count in counts)
-        right = right and read.axis in (None, "calls", "at") and 0 <= read.updated_at <= read.time < math.inf
-        right = right and 0 <= read.num_updates <= read.num_calls
-    except (TypeError, ValueError) as error:
+        axis, time, since, num_calls, made = (saved[key] for key in _saved_clock(clock, Ledger(())))
+        right = all(type(each) is float for each in (time, since)) and all(type(n) is int for n in (num_calls, made))
+        right = right and axis in (None, "calls", "at") and 0 <= since <= time < math.inf
+        right = right and 0 <= made <= num_calls and len(saved) == 5
+    except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: its clock is {saved!r}") from error
-    if not right or saved.keys() != clock.state().keys():
+    if not right:
         raise FileFormatError(f"the state is damaged: its clock is {saved!r}")
-    return read
+    return clock._replace(axis=axis, time=time, num_calls=num_calls), made, since
 
 
 def _dictionary(value: object) -> dict[str, Tensor]:
@@ -227,7 +240,7 @@ def _match(
 
 def _part(core: Core, name: str, kept: Tensor, saved: Tensor, what: str) -> Tensor:
     """What belongs here of a saved tensor, after it was checked; a whole one is cut."""
-    here = core.store.shardings.get(name)
+    here = core.store.lies[name]
     wrapped = kept if here is None else here.wrap(kept)
     if not is_plain(local(saved)):
         raise FileFormatError(f"the state is damaged: {name!r} in the {what} of the state is no plain tensor")

@@ -14,17 +14,17 @@ from polyak.errors import StateError, listed
 from polyak.model import check_not_standing, leave, occupy
 from polyak.ranks import Question, all_or_none, local
 
-from .agreement import together
+from .agreement import agreed
 from .core import Core
 
 
 def swap_in(core: Core, name: str) -> None:
     """Puts the average of that name into the source, in which none stands; where it fails, `swap_out` undoes it."""
-    with together(core, "swapped()", name, sends=core.store.replicas is not None):
+    with agreed(core, "swapped()", name, sends=core.store.shares.mesh is not None):
         core.verify_values()
         core.warn_if_never_updated("swapped in")
     buffers = [entry.name for entry in core.source.entries if not entry.is_parameter]
-    meshes = [] if core.store.replicas is None else core.store.meshes
+    meshes = [] if core.store.shares.mesh is None else core.store.meshes
     with all_or_none(meshes, "swapped()"):
         # It takes memory, and a rank which has none must say so before others wait for its share. A live module reads
         # the store's tensors, which must stay averages then.
@@ -76,7 +76,7 @@ def _take_back_replaced(core: Core, name: str) -> list[str]:
 
     A buffer that was replaced was written, in another way: its value belongs to the average.
     """
-    raw, averages = core.store.raw() | core.store.shared, core.store.tensors(name)
+    raw, averages = core.store.raw() | core.store.wholes, core.store.tensors(name)
     parameters: list[str] = []
     for entry, site in core.source.replaced():
         found = local(site.tensor)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
@@ -16,11 +14,11 @@ from polyak.kernels import Plan
 from polyak.model import Rules, Source, check_not_standing
 from polyak.profiles import Profile, named_profiles
 from polyak.ranks import all_or_none, meshes_of
-from polyak.store import LocalStore, Modes, Replicas
+from polyak.store import Modes, Shares, Store
 
-from .agreement import check_alike, check_in_sync, together
+from .agreement import agreed, check_alike, check_in_sync
 from .attach import Attachment, check_optimizers
-from .average import AverageView
+from .average import Average
 from .clock import make_clock
 from .core import Core, NonFinite
 from .export import raw_weights
@@ -31,7 +29,7 @@ from .swapped import raise_if_changed, swap_out
 _ADAPT = ". Where the model was changed on purpose, adapt() follows it; a new model needs a new average"
 
 
-class WeightAverage:
+class WeightAverage(Average):
     """Averages of a model's weights, by one profile or several, updated in one pass.
 
         average = average + weight * (source - average),    weight = 1 - g(previous) / g(now)
@@ -41,6 +39,8 @@ class WeightAverage:
     floating-point buffers such as the statistics of a BatchNorm. Integers, booleans, non-persistent buffers and the
     singular vectors of a spectral norm are copied at each update. Frozen parameters are left where they are.
     `report()` says what is done to which tensor, and `rules` changes it.
+
+    With one profile it is an average itself. With several, `average[name]` is each of them.
 
     Of a model that is sharded over ranks (`fully_shard`, tensor parallel, HSDP) each rank averages the parts that it
     has, with the bits that one process would get. Every rank makes the same calls; `update()` and `swapped()` send
@@ -123,19 +123,35 @@ class WeightAverage:
                 "averages are not kept in 16 bits, not looked at for NaNs, and not shared; leave out what of these was "
                 "given, or shard the model by fully_shard (FSDP2)"
             )
-        replicas = None if shard_over is None else Replicas(shard_over, source.entries)
-        lying = [entry.sharding if replicas is None else replicas.sharding_of(entry) for entry in source.entries]
+        shares = Shares(shard_over, source.entries)
         # It takes memory, and a rank which has none must say so before others compare themselves with it.
-        with all_or_none(meshes_of(sharding for sharding in lying if sharding is not None), "WeightAverage()"):
-            store = LocalStore(
+        with all_or_none(meshes_of(map(shares.sharding_of, source.entries)), "WeightAverage()"):
+            store = Store(
                 source.entries,
                 profiles,
                 modes=modes,
                 device=None if device is None else torch.device(device),
-                replicas=replicas,
+                shares=shares,
+                looks=nonfinite != "propagate",
             )
             self._core = Core(profiles, clock, source, store, nonfinite=nonfinite)
         check_alike(self._core)
+
+    @property
+    def name(self) -> str:
+        """The name of the only average that is kept.
+
+        Raises:
+            StateError: there are several.
+        """
+        first, *others = self._core.profiles
+        if others:
+            raise StateError(f"{listed([first, *others])} are all kept here: say which one, as average[{first!r}]")
+        return first
+
+    @property
+    def _owner(self) -> WeightAverage:
+        return self
 
     @property
     def profiles(self) -> dict[str, Profile]:
@@ -162,17 +178,17 @@ class WeightAverage:
             >>> print(what)  # doctest: +ELLIPSIS
             2 tensors, 6 elements (...): weight, bias
         """
-        return self._core.store.plan
+        return self._core.store.updates.plan
 
     @property
     def is_swapped(self) -> bool:
         """Whether an average stands in the source at the moment."""
         return self._core.swapped is not None
 
-    def __getitem__(self, name: str) -> AverageView:
+    def __getitem__(self, name: str) -> Average:
         if name not in self._core.profiles:
             raise KeyError(f"{name!r} is none of the averages kept here: {listed(self._core.profiles)}")
-        return AverageView(self._core, name, owner=self)
+        return Average(self._core, name, owner=self)
 
     def update(self, *, at: float | None = None) -> None:
         """Takes the source's weights into every average. Call it after `optimizer.step()`.
@@ -288,53 +304,19 @@ class WeightAverage:
         check_not_standing(self._core.source.bare, "adapt()")
         self._core.adapt()
 
-    # What can be done with one average. With several, `average[name]` does the same.
-
-    def _only(self) -> AverageView:
-        first, *others = self._core.profiles
-        if others:
-            raise StateError(f"{listed([first, *others])} are all kept here: say which one, as average[{first!r}]")
-        return self[first]
-
-    def swapped(self) -> AbstractContextManager[None]:
-        """The average stands in the source, in place, inside of the `with`; see `AverageView.swapped`."""
-        return self._only().swapped()
-
-    def swap_in(self) -> None:
-        """Puts the average into the source until `swap_out`; see `AverageView.swap_in`."""
-        self._only().swap_in()
+    # What all averages have in common: one of them may stand in the source.
 
     def swap_out(self) -> None:
-        """Puts the source's own weights back, whichever average stands there; see `AverageView.swap_out`."""
+        """Puts the source's own weights back, whichever average stands there; else does nothing.
+
+        Raises:
+            StateError: a parameter was changed meanwhile; the source's weights are back all the same.
+        """
         raise_if_changed(swap_out(self._core))
 
     def raw_weights(self) -> dict[str, Tensor]:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
         return raw_weights(self._core)
-
-    def write_back(self) -> None:
-        """Writes the average into the source for good; training goes on from it. See `AverageView.write_back`."""
-        self._only().write_back()
-
-    def weights(self) -> dict[str, Tensor]:
-        """The average as a dictionary that loads strictly into the bare model; see `AverageView.weights`."""
-        return self._only().weights()
-
-    def copy_to(self, model: nn.Module) -> None:
-        """Writes the average into a model; see `AverageView.copy_to`."""
-        self._only().copy_to(model)
-
-    def module(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """An independent copy of the bare model with the averaged weights; see `AverageView.module`."""
-        return self._only().module(dtype)
-
-    def live_module(self) -> nn.Module:
-        """A module whose tensors are the average's own; see `AverageView.live_module`."""
-        return self._only().live_module()
-
-    def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:
-        """Writes the average to a safetensors file; see `AverageView.export`."""
-        self._only().export(path, dtype=dtype)
 
     # Restart.
 
@@ -352,7 +334,7 @@ class WeightAverage:
         anything is written.
         """
         self._core.verify_values()
-        if not self._core.store.shardings:
+        if not self._core.store.meshes:
             # Of a sharded model it may as well be what torch.distributed.checkpoint is about to load into.
             self._core.warn_if_never_updated("saved")
         return save_state(self._core)
@@ -395,7 +377,7 @@ class WeightAverage:
         Raises:
             MismatchError: the model's tensors are not those that the average was made for.
         """
-        with together(self._core, "report()"):
+        with agreed(self._core, "report()"):
             self._core.verify()
         return make_report(self._core, total=total)
 

@@ -9,6 +9,7 @@ from .messages import is_alone as is_alone
 from .messages import is_first as is_first
 from .messages import is_initialized as is_initialized
 from .messages import meshes_of as meshes_of
+from .messages import reduced as reduced
 from .messages import sending as sending
 from .messages import sums_of_parts as sums_of_parts
 from .messages import whole as whole

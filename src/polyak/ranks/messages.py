@@ -107,6 +107,18 @@ class Question:
         return mine
 
 
+def reduced(numbers: Sequence[int], mesh: Any, dimension: int) -> list[int]:
+    """The largest at each place of what the ranks along a dimension of a mesh have, in numbers of 64 bits with a sign.
+
+    Raises:
+        StateError: a message failed.
+    """
+    with sending():
+        mine = torch.tensor(numbers, dtype=torch.int64, device=mesh.device_type)
+        _reduce(mine, distributed.ReduceOp.MAX, mesh.get_group(dimension))
+        return mine.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]  # torch leaves it half untyped
+
+
 def apart(numbers: Sequence[int], mesh: Any) -> list[int]:
     """The positions at which ranks of a mesh have different numbers, of 64 bits; each gives as many.
 
@@ -135,13 +147,13 @@ def given_by_all(mine: Any, group: Any) -> list[Any]:
 
 
 def sums_of_parts(
-    mine: Mapping[str, Sequence[float]], shardings: Mapping[str, Sharding]
+    mine: Mapping[str, Sequence[float]], lies: Mapping[str, Sharding | None]
 ) -> dict[str, tuple[float, ...]]:
     """The sums, over the parts of each tensor that ranks have, of what each rank says of its part; replicas count once.
 
     Args:
         mine: numbers by name, as many for each.
-        shardings: how tensors lie over the ranks, by name; others are whole on each rank.
+        lies: how they lie over the ranks, by name; None for what is whole on each rank.
 
     Raises:
         StateError: a message failed.
@@ -149,8 +161,9 @@ def sums_of_parts(
     found = {name: tuple(numbers) for name, numbers in mine.items()}
     alike: dict[tuple[Any, tuple[int, ...]], list[str]] = {}
     for name in mine:
-        if name in shardings:
-            alike.setdefault((shardings[name].mesh, shardings[name].cutting), []).append(name)
+        sharding = lies[name]
+        if sharding is not None:
+            alike.setdefault((sharding.mesh, sharding.cutting), []).append(name)
     for (mesh, dimensions), names in alike.items():
         with sending():
             numbers = torch.tensor([found[name] for name in names], dtype=torch.float64, device=mesh.device_type)
@@ -168,9 +181,9 @@ def _signed(number: int) -> int:
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def meshes_of(shardings: Iterable[Sharding]) -> list[Any]:
+def meshes_of(shardings: Iterable[Sharding | None]) -> list[Any]:
     """The meshes that this rank is in, each once, the largest last: what all of its ranks know then, all know."""
-    found = dict.fromkeys(sharding.mesh for sharding in shardings)
+    found = dict.fromkeys(sharding.mesh for sharding in shardings if sharding is not None)
     return sorted((mesh for mesh in found if mesh.get_coordinate() is not None), key=lambda mesh: mesh.size())
 
 

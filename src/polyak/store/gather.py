@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 from polyak.kernels import flat_parts
 from polyak.ranks import sending
 
-from .shares import Replicas
+from .shares import Shares
 
 Operation = Callable[[], None]
 
@@ -41,45 +41,43 @@ class _Buffer:
         return self.kept
 
 
-def gathering(replicas: Replicas, tensors: Mapping[str, Tensor]) -> list[Operation]:
+def gathering(shares: Shares, tensors: Mapping[str, Tensor]) -> list[Operation]:
     """The operations that give every rank the shares of all others, to be run by all of them in this order, once.
 
     Of each tensor this rank's share is as it should be before, and all of it afterwards.
 
     Args:
-        replicas: whose share is what.
+        shares: whose share is what.
         tensors: whole ones, by the names of shared entries; a part of a model that is sharded besides is one, too.
     """
-    if replicas.size == 1:
+    if shares.size == 1:
         return []
     groups: dict[tuple[torch.dtype, torch.device], dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         groups.setdefault((tensor.dtype, tensor.device), {})[name] = tensor.detach()
     return [
-        operation
-        for (dtype, device), group in groups.items()
-        for operation in _gathering(replicas, group, dtype, device)
+        operation for (dtype, device), group in groups.items() for operation in _gathering(shares, group, dtype, device)
     ]
 
 
 def _gathering(
-    replicas: Replicas, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    shares: Shares, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Operation]:
     flat = [
-        [part for name, tensor in tensors.items() for part in flat_parts(replicas.shares[name].of(tensor, rank))]
-        for rank in range(replicas.size)
+        [part for name, tensor in tensors.items() for part in flat_parts(shares.by_name[name].of(tensor, rank))]
+        for rank in range(shares.size)
     ]
     longest = max(sum(part.numel() for part in parts) for parts in flat)
-    bound = max(_LEAST_BYTES, _MESSAGE_BYTES // replicas.size) // dtype.itemsize
+    bound = max(_LEAST_BYTES, _MESSAGE_BYTES // shares.size) // dtype.itemsize
     if longest == 0:
         return
-    buffer = _Buffer(replicas.size, min(bound, longest), dtype, device)
+    buffer = _Buffer(shares.size, min(bound, longest), dtype, device)
     rounds = [list(_rounds(parts, bound)) for parts in flat]
     for number in range(-(-longest // bound)):
         pieces = [each[number] if number < len(each) else [] for each in rounds]
         # Apart, so that what is interrupted between them sends nothing twice.
-        yield partial(_send, replicas, buffer, pieces[replicas.rank])
-        yield partial(_receive, buffer, {r: each for r, each in enumerate(pieces) if r != replicas.rank})
+        yield partial(_send, shares, buffer, pieces[shares.rank])
+        yield partial(_receive, buffer, {r: each for r, each in enumerate(pieces) if r != shares.rank})
     yield partial(setattr, buffer, "kept", None)
 
 
@@ -99,7 +97,7 @@ def _rounds(parts: list[Tensor], bound: int) -> Iterator[list[Tensor]]:
         yield pieces
 
 
-def _send(replicas: Replicas, buffer: _Buffer, mine: list[Tensor]) -> None:
+def _send(shares: Shares, buffer: _Buffer, mine: list[Tensor]) -> None:
     sent, received = buffer.get()
     with sending():
         if buffer.sending is None:
@@ -108,11 +106,11 @@ def _send(replicas: Replicas, buffer: _Buffer, mine: list[Tensor]) -> None:
                 sent[start : start + piece.numel()].copy_(piece)
                 start += piece.numel()
             # On a mesh of another device than the tensors' the messages go between the devices of the mesh.
-            there = sent.to(replicas.mesh.device_type)
-            whole = received.to(replicas.mesh.device_type)
+            there = sent.to(shares.mesh.device_type)
+            whole = received.to(shares.mesh.device_type)
             # As bytes, for not every backend takes every dtype.
             bytes_there, all_bytes = there.view(torch.uint8), whole.view(torch.uint8).flatten()
-            buffer.sending = _all_gather(all_bytes, bytes_there, group=replicas.group, async_op=True), whole
+            buffer.sending = _all_gather(all_bytes, bytes_there, group=shares.group, async_op=True), whole
         work, whole = buffer.sending
         work.wait()
         if whole is not received:

@@ -43,21 +43,21 @@ class Share:
         return tensor.narrow(self.dimension, sum(self.sizes[:rank]), self.sizes[rank])
 
 
-class Replicas:
-    """The ranks that share the averages of one model, and the share that each has of each tensor.
+class Shares:
+    """The share that each of the ranks which share the averages of one model has of each tensor.
 
     Averaged parameters of more than one number are shared. Buffers are not: data-parallel ranks may have their own.
 
     Attributes:
         over: the ranks, as they were given.
-        mesh: the same as a DeviceMesh of one dimension.
+        mesh: the same as a DeviceMesh of one dimension; None where nothing is shared.
         group: the same as a process group.
         size: how many they are.
         rank: this one's place among them.
-        shares: by the entry's name.
+        by_name: the shares, by the entry's name.
 
     Args:
-        over: the ranks, as torch's process group or a DeviceMesh of one dimension.
+        over: the ranks, as torch's process group or a DeviceMesh of one dimension; None for no others.
         entries: of the source.
 
     Raises:
@@ -67,22 +67,28 @@ class Replicas:
     """
 
     def __init__(self, over: Any, entries: Iterable[Entry]) -> None:
-        averaged = [entry for entry in entries if entry.action == "average"]
         self.over = over
+        self.mesh: Any = None
+        self.group: Any = None
+        self.size, self.rank = 1, 0
+        self.by_name: dict[str, Share] = {}
+        if over is None:
+            return
+        averaged = [entry for entry in entries if entry.action == "average"]
         self.mesh = _mesh_of(over, averaged[0].device.type)
         self.group = self.mesh.get_group(0)
         self.size = int(self.mesh.size())
         self.rank = int(self.mesh.get_local_rank())
         found = {entry.name: self._share(entry) for entry in averaged if entry.is_parameter}
-        self.shares = {name: share for name, share in found.items() if share is not None}
+        self.by_name = {name: share for name, share in found.items() if share is not None}
 
     def sharding_of(self, entry: Entry) -> Sharding | None:
         """How the average of an entry lies over the ranks."""
-        return self.shares[entry.name].sharding if entry.name in self.shares else entry.sharding
+        return self.by_name[entry.name].sharding if entry.name in self.by_name else entry.sharding
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
         """This rank's slice of a tensor, or all of one that is not shared."""
-        return self.shares[name].of(tensor) if name in self.shares else tensor
+        return self.by_name[name].of(tensor) if name in self.by_name else tensor
 
     def _share(self, entry: Entry) -> Share | None:
         if entry.sharding is None:

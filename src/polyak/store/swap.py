@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -25,19 +24,6 @@ from polyak.kernels import (
 _Way = Literal["exchange", "halves", "keep"]
 
 
-@dataclass(frozen=True)
-class Whole:
-    """Sources of which a swap is given this rank's share only.
-
-    Attributes:
-        tensors: all of each, by name.
-        gathering: the operations by which the shares of all ranks become these, whenever they are asked for.
-    """
-
-    tensors: Mapping[str, Tensor]
-    gathering: Callable[[Mapping[str, Tensor]], list[Callable[[], None]]]
-
-
 class Swap:
     """One swap of an average and its source.
 
@@ -53,8 +39,9 @@ class Swap:
         buffers: the names of those that are no parameters: what is written to them inside belongs to the average.
         aside: leave the averages where they are.
         room: memory, in the sources' shapes and dtypes, that may be written as long as the swap lasts, by name.
-        whole: where ranks share the averages of one model. Each exchanges its share, so that the raw weights are kept
-            among them as well, and takes the rest from the others.
+        wholes: by name, all of each source of which only this rank's share is exchanged; so the raw weights are kept
+            among the ranks as well.
+        gathering: the operations by which the shares of all ranks become whole again, whenever they are asked for.
     """
 
     def __init__(
@@ -64,10 +51,11 @@ class Swap:
         buffers: frozenset[str],
         aside: bool,
         room: Mapping[str, Tensor],
-        whole: Whole | None = None,
+        wholes: Mapping[str, Tensor],
+        gathering: Callable[[Mapping[str, Tensor]], list[Callable[[], None]]],
     ) -> None:
         self._pairs = dict(pairs)
-        self._whole: Mapping[str, Tensor] = {} if whole is None else whole.tensors
+        self._wholes = wholes
         self._ways: dict[str, _Way] = {
             name: _way(*pair, is_buffer=name in buffers, aside=aside) for name, pair in pairs.items()
         }
@@ -78,7 +66,7 @@ class Swap:
         enter, leave = exchange_halves(*self._columns(self._names("halves")))
         sources, averages = self._columns(self._names("keep"))
         keep = [partial(copy_, list(self._kept.values()), sources), partial(copy_, sources, averages)]
-        gather, gather_back = ([], []) if whole is None else (whole.gathering(self._whole) for _ in range(2))
+        gather, gather_back = gathering(wholes), gathering(wholes)
         there, back = exchange(*self._columns(self._names("exchange")))
         self._in = Journal([*keep, *there, *enter, *gather])
         restore = partial(copy_, sources, list(self._kept.values()))
@@ -91,7 +79,7 @@ class Swap:
         self._sums: list[int] | None = None
         self._changed: list[str] = []
         self._versions = Versions([tensor for pair in pairs.values() for tensor in pair])
-        self.is_light = whole is None and self._kept.keys() <= room.keys() and take_no_memory([*there, *enter])
+        self.is_light = not gather and self._kept.keys() <= room.keys() and take_no_memory([*there, *enter])
 
     def _names(self, way: _Way) -> list[str]:
         return [name for name, its_way in self._ways.items() if its_way == way]
@@ -100,7 +88,7 @@ class Swap:
         return [self._pairs[name][0] for name in names], [self._pairs[name][1] for name in names]
 
     def _parameters(self) -> dict[str, Tensor]:
-        sources = {name: source for name, (source, _) in self._pairs.items()} | dict(self._whole)
+        sources = {name: source for name, (source, _) in self._pairs.items()} | dict(self._wholes)
         return {name: source for name, source in sources.items() if name not in self._buffers}
 
     def begin_again(self) -> None:

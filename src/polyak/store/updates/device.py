@@ -14,42 +14,69 @@ from torch import Tensor
 
 from polyak.kernels import Control, SettledCopies, Triton
 
+from .inline import Inline
+from .protocol import Ledger, Refused
 
-class Guard:
-    """The control of one store's updates, and what it controls.
+
+class OnDevice:
+    """Updates by one device. See `Updates`.
+
+    Attributes:
+        is_advanced: whether `advance` was called, so that a captured `run` gets growth.
 
     Args:
+        inline: what made the updates so far.
         kernel: of all averages.
         copies: targets and sources, which a device can copy.
         seed: of stochastic rounding.
-        pending: growth that no update has applied yet, one a profile.
-        number: of updates made so far.
     """
 
     def __init__(
-        self,
-        kernel: Triton,
-        copies: tuple[Sequence[Tensor], Sequence[Tensor]],
-        *,
-        seed: int,
-        pending: Sequence[float],
-        number: int,
+        self, inline: Inline, kernel: Triton, copies: tuple[Sequence[Tensor], Sequence[Tensor]], *, seed: int
     ) -> None:
+        pending, made, self.since, _ = inline.ledger()
+        self._inline = inline
+        self.plan = inline.plan
+        self.is_advanced = False
         self._kernel = kernel
         self._copies = SettledCopies(*copies)
-        self._control = Control(len(pending), device=kernel.device, seed=seed, pending=pending, number=number)
+        self._control = Control(len(pending), device=kernel.device, seed=seed, pending=pending, number=made)
         self._num_bad = 0
         # No update is due, so this does nothing but compile the kernels, which cannot be done in a capture.
         self.run(look=True)
         self._kernel.bad_names()
 
-    def add(self, growths: Sequence[float]) -> None:
-        """Adds growth, one a profile, to what is pending: an update is due."""
-        self._control.add(growths)
+    def resume(self, ledger: Ledger) -> Inline:
+        """Takes up what was pending and made elsewhere; the device does not decide any more."""
+        return self._inline.resume(ledger)
+
+    def submit(self, growth: Sequence[float], *, at: float, look: bool) -> None:
+        """One update, which the device makes or leaves out later."""
+        self._add(growth, at=at)
+        self.run(look=look)
+        if look:
+            self._control.note_skipped()
+
+    def advance(self, growth: Sequence[float] | None, *, at: float) -> None:
+        """What comes before each replay of a captured `run`.
+
+        Args:
+            growth: that the replay applies, one a profile; None where no update is due.
+            at: the time of the update.
+        """
+        # Asks for the verdict on the last replay: a capture cannot record an event, and nothing runs after a replay.
+        self._control.note_skipped()
+        self.is_advanced = True
+        if growth is not None:
+            self._add(growth, at=at)
+
+    def _add(self, growth: Sequence[float], *, at: float) -> None:
+        self._control.add(growth)
+        self.since = at
 
     @torch.no_grad()
     def run(self, *, look: bool) -> None:
-        """Applies what is pending where an update is due, unless the step is bad.
+        """Applies what is pending where an update is due, unless the step is bad; it can be captured.
 
         Args:
             look: for infinities and NaNs in the sources, before.
@@ -59,15 +86,20 @@ class Guard:
         self._kernel.run_pending(self._control)
         self._copies.run(self._control)
 
-    def note(self) -> None:
-        """Makes `new_bad_names` know of the steps so far, once the device has made them; not during a capture."""
-        self._control.note_skipped()
-
-    def new_bad_names(self) -> list[str]:
-        """The names of sources that were bad in steps that became known, without waiting, since this was asked last."""
+    def late(self) -> Refused | None:
+        """What became known of updates that the device has left out, once it has made the steps so far."""
         known, self._num_bad = self._num_bad, self._control.num_skipped()
-        return self._kernel.bad_names() if self._num_bad > known else []
+        names = self._kernel.bad_names() if self._num_bad > known else []
+        return Refused(tuple(names)) if names else None
 
-    def read(self) -> tuple[list[float], int]:
-        """What is pending, one a profile, and how many updates were made; waits for the device."""
-        return self._control.read()
+    def ledger(self) -> Ledger:
+        """What became of the updates; waits for the device."""
+        pending, made = self._control.read()
+        return Ledger(tuple(pending), made, self.since)
+
+    def num_made(self) -> int:
+        """How many updates were made; waits for the device."""
+        return self.ledger().made
+
+    def settle(self) -> None:
+        """Nothing to wait for: whoever reads the averages does so on the device, after what was submitted."""

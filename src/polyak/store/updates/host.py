@@ -20,75 +20,134 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.profiler import record_function
 
-from polyak.errors import StateError
 from polyak.kernels import Copies, FiniteTest, Plan, Row
 from polyak.ranks import is_alone
 
-from .step import Step
+from .inline import SourceCheck
+from .protocol import Ledger, Refused
 from .transfer import Copied, Staging, Transfer
-from .worker import Ledger, Worker, apply
+from .worker import Progress, Worker, apply
 
 NUM_SETS = 2
 
 
-class Host:
-    """The staging sets and the worker of one store.
+class OnHost:
+    """The staging sets and the worker of one store. See `Updates`.
 
     While it exists each optimizer step of the process first makes its device wait until the copy that is under way has
     been made; the host itself does not wait there. It is every optimizer's, because one that holds copies of the
     parameters in float32 writes to the parameters, too.
 
     Attributes:
-        plan: of the updates from the first set.
-        ledger: what became of the updates.
         room: host memory for each source, by name; free to use after `settle` and until the next `submit`.
-        num_bytes: of the staging sets.
+        num_staging_bytes: of the staging sets.
 
     Args:
         transfer: from the sources.
         rows: what is averaged; their sources are replaced by staged ones.
         copies: what is copied, by name.
+        check: of the sources where they are, for ranks that must leave out the same updates.
         seed: of stochastic rounding.
         ledger: of what came before.
     """
 
     def __init__(
-        self, transfer: Transfer, rows: Sequence[Row], copies: Mapping[str, Tensor], *, seed: int, ledger: Ledger
+        self,
+        transfer: Transfer,
+        rows: Sequence[Row],
+        copies: Mapping[str, Tensor],
+        *,
+        check: SourceCheck,
+        seed: int,
+        ledger: Ledger,
     ) -> None:
         stagings = [transfer.make_set() for _ in range(NUM_SETS)]
-        self.ledger = ledger
         self.room = stagings[0].tensors
-        self.num_bytes = sum(staging.num_bytes for staging in stagings)
-        note = f"host-resident, by a worker, through {self.num_bytes} bytes of staging memory"
+        self.num_staging_bytes = sum(staging.num_bytes for staging in stagings)
+        note = f"host-resident, by a worker, through {self.num_staging_bytes} bytes of staging memory"
         self._sets = [_Set(staging, rows, copies, seed=seed, note=note) for staging in stagings]
-        self.plan = self._sets[0].plan
+        self._check = check
         self._worker = Worker()
         self._copied: Copied | None = None
+        self._take_up(ledger)
         _HOSTS.add(self)
         _watch_optimizers()
 
-    def submit(self, step: Step) -> bool:
-        """Begins an update; False where the host is behind, and this process is alone: then nothing has happened.
+    def _take_up(self, ledger: Ledger) -> None:
+        self.since = ledger.since
+        self._progress = Progress(ledger.pending, ledger.made, failure=ledger.failure)
+        self._num_submitted, self._looks = ledger.made, False
+
+    @property
+    def plan(self) -> Plan:
+        """Of the updates from the first set."""
+        return self._sets[0].plan
+
+    def resume(self, ledger: Ledger) -> OnHost:
+        """Takes up what was pending and made elsewhere, whatever became of updates that are under way."""
+        self.settle()
+        self._take_up(ledger)
+        return self
+
+    def release(self) -> Ledger:
+        """Gives up the staging memory; returns what became of the updates, for whoever goes on."""
+        ledger = self.ledger()
+        self.room = {}
+        self._sets = []
+        return ledger
+
+    def submit(self, growth: Sequence[float], *, at: float, look: bool) -> Refused | None:
+        """Begins an update. Where the host is behind, and this process is alone, nothing happens.
 
         Raises:
             StateError: an earlier update failed.
         """
-        self.check()
+        if look and self._check.meshes:
+            # One rank does not know what others have found, and all must leave out the same updates.
+            refused = self._check.refusal()
+            if refused is not None:
+                return refused
+            look = False
+        Ledger((), failure=self._progress.failure).checked()
         free = self._find_free()
         if free is None and not (is_alone() and any(each.is_copied for each in self._sets)):
             wait(list(self._under_way()), return_when=FIRST_COMPLETED)
             free = self._find_free()
         if free is None:
-            return False
+            return None
         with record_function("polyak: stage"):
             self._copied = free.copied = free.staging.start()
         try:
-            free.done = self._worker.start(partial(apply, self.ledger, free, self._copied, step))
+            free.done = self._worker.start(partial(apply, self._progress, free, self._copied, growth, look=look))
         except BaseException:
             # The set is free when this has raised, and no worker waits for what is copied to it.
             self._copied.wait()
             raise
-        return True
+        self.since = at
+        self._num_submitted += 1
+        self._looks = self._looks or look
+        return None
+
+    def late(self) -> Refused | None:
+        """What became known of updates that the worker has left out."""
+        # The worker may add names meanwhile: one that is here already is told of now.
+        names = tuple(self._progress.refused)
+        for name in names:
+            del self._progress.refused[name]
+        return Refused(names) if names else None
+
+    def ledger(self) -> Ledger:
+        """What became of the updates; waits for the worker."""
+        self.settle()
+        return Ledger(tuple(self._progress.pending), self._progress.made, self.since, self._progress.failure)
+
+    def num_made(self) -> int:
+        """How many updates were made; waits only where the worker may leave some out.
+
+        Raises:
+            StateError: that is not known, because an update failed.
+        """
+        return self.ledger().checked().made if self._looks else self._num_submitted
 
     def _find_free(self) -> _Set | None:
         return next((each for each in self._sets if each.is_free), None)
@@ -105,20 +164,6 @@ class Host:
     def settle(self) -> None:
         """Waits until nothing is under way, whatever became of it."""
         wait(list(self._under_way()))
-
-    def check(self) -> None:
-        """Raises StateError where an update failed that is over by now."""
-        failure = self.ledger.failure
-        if failure is not None:
-            raise StateError(
-                f"an update on the host failed: {type(failure).__name__}: {failure}. The averages may be a mixture of "
-                "before and after it: load their last state by load_state_dict(), or begin again by reset()"
-            ) from failure
-
-    def new_bad_names(self) -> list[str]:
-        """The names of sources that were bad in steps that became known since this was asked last."""
-        found = [self.ledger.bad.pop(0) for _ in range(len(self.ledger.bad))]
-        return list(dict.fromkeys(name for names in found for name in names))
 
     def _under_way(self) -> Iterator[Future[None]]:
         return (each.done for each in self._sets if each.done is not None)
@@ -155,7 +200,7 @@ class _Set:
         self._copying.run()
 
 
-_HOSTS: weakref.WeakSet[Host] = weakref.WeakSet()
+_HOSTS: weakref.WeakSet[OnHost] = weakref.WeakSet()
 
 
 @functools.cache

@@ -11,24 +11,23 @@ from typing import Protocol
 
 from torch.profiler import record_function
 
-from .step import Step
 from .transfer import Copied
 
 
 @dataclass
-class Ledger:
-    """What became of the updates so far; the worker writes it, and whoever has waited for it reads it.
+class Progress:
+    """How far the updates are; the worker writes it, and whoever has waited for it reads it.
 
     Attributes:
         pending: growth that no update has applied yet, one a profile.
-        made: the number of the last update that was made; None where none was since the averages were loaded.
-        bad: for each step that was left out and not told of yet, the names of what was not finite.
+        made: how many updates were made.
+        refused: the names of what was not finite in steps that were left out and not told of yet.
         failure: the error that ended the work; nothing is done after it.
     """
 
-    pending: list[float]
-    made: int | None = None
-    bad: list[list[str]] = field(default_factory=list[list[str]])
+    pending: Sequence[float]
+    made: int
+    refused: dict[str, None] = field(default_factory=dict[str, None])
     failure: BaseException | None = None
 
 
@@ -59,24 +58,23 @@ class Worker:
         return self._threads.submit(call)
 
 
-def apply(ledger: Ledger, staged: Staged, copied: Copied, step: Step) -> None:
+def apply(progress: Progress, staged: Staged, copied: Copied, growth: Sequence[float], *, look: bool) -> None:
     """One update, in the worker; it is left out where another has failed before."""
     try:
         # Also where another has failed: what was copied to may be written by others when this has returned.
         with record_function("polyak: wait for the copy"):
             copied.wait()
-        if ledger.failure is not None:
+        if progress.failure is not None:
             return
         with record_function("polyak: update on the host"):
-            number = step.number if ledger.made is None else ledger.made + 1
-            pending = [old + new for old, new in zip(ledger.pending, step.growth, strict=True)]
-            bad = staged.non_finite() if step.look else []
+            pending = [old + new for old, new in zip(progress.pending, growth, strict=True)]
+            bad = staged.non_finite() if look else []
             if bad:
-                ledger.pending, ledger.made = pending, number - 1
-                ledger.bad.append(bad)
+                progress.pending = pending
+                progress.refused.update(dict.fromkeys(bad))
             else:
-                staged.run([-math.expm1(-growth) for growth in pending], number)
-                ledger.pending, ledger.made = [0.0] * len(pending), number
+                staged.run([-math.expm1(-total) for total in pending], progress.made + 1)
+                progress.pending, progress.made = [0.0] * len(pending), progress.made + 1
     # Whatever it is, the next call says so.
     except BaseException as error:
-        ledger.failure = ledger.failure or error
+        progress.failure = progress.failure or error

@@ -1,0 +1,88 @@
+"""Updates that are made when they are submitted, after it was seen whether the sources are finite."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+from polyak.kernels import Copies, FiniteTest, Plan, Row
+from polyak.ranks import any_rank
+
+from .protocol import Ledger, Refused
+
+
+class SourceCheck:
+    """Whether sources are finite, on all ranks over which they lie.
+
+    Args:
+        rows: what is averaged.
+        meshes: the ranks.
+    """
+
+    def __init__(self, rows: Sequence[Row], meshes: Sequence[Any]) -> None:
+        self.meshes = meshes
+        self._rows = rows
+        self._test: FiniteTest | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Of the sources here that hold an infinity or a NaN."""
+        if self._test is None:
+            self._test = FiniteTest([row.source for row in self._rows])
+        return tuple(self._rows[position].name for position in self._test.find())
+
+    def refusal(self) -> Refused | None:
+        """What all ranks get alike where the source of any of them is not finite; they send one number each."""
+        names = self.names()
+        return Refused(names) if any_rank(len(names) > 0, self.meshes) else None
+
+
+class Inline:
+    """Updates by this thread. See `Updates`.
+
+    Args:
+        plan: of the averages.
+        copies: of what is copied.
+        check: of the sources.
+        ledger: of what came before.
+    """
+
+    def __init__(self, plan: Plan, copies: Copies, check: SourceCheck, ledger: Ledger) -> None:
+        self.plan = plan
+        self._copies = copies
+        self._check = check
+        self.resume(ledger)
+
+    def resume(self, ledger: Ledger) -> Inline:
+        """Takes up what was pending and made elsewhere."""
+        self.since = ledger.since
+        self._pending, self._made = ledger.pending, ledger.made
+        self._nothing = (0.0,) * len(ledger.pending)
+        return self
+
+    def submit(self, growth: Sequence[float], *, at: float, look: bool) -> Refused | None:
+        """One update."""
+        if look:
+            refused = self._check.refusal()
+            if refused is not None:
+                return refused
+        weights = [-math.expm1(-total) for total in map(operator.add, self._pending, growth)]
+        self.plan.run(weights, self._made + 1)
+        self._copies.run()
+        self._pending, self._made, self.since = self._nothing, self._made + 1, at
+        return None
+
+    def late(self) -> None:
+        """Nothing, for all is known at once."""
+
+    def ledger(self) -> Ledger:
+        """What became of the updates."""
+        return Ledger(self._pending, self._made, self.since)
+
+    def num_made(self) -> int:
+        """How many updates were made."""
+        return self._made
+
+    def settle(self) -> None:
+        """Nobody writes to the averages."""
