@@ -211,8 +211,9 @@ def test_what_a_graph_would_replay(mode, monkeypatch):
     assert average.time == host.time == 6
 
 
-def test_a_captured_update_needs_advance(monkeypatch):
-    _, average, *_ = pair(polyak.Exponential(0.9))
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip"])
+def test_a_captured_update_needs_advance(nonfinite, monkeypatch):
+    _, average, *_ = pair(polyak.Exponential(0.9), nonfinite=nonfinite)
     monkeypatch.setattr(core_module, "is_capturing", lambda: True)
     with pytest.raises(polyak.StateError, match=r"call advance\(\) before the capture and before each replay"):
         average.update()

@@ -15,6 +15,7 @@ import polyak
 import sharded_zoo
 import zoo
 from polyak.kernels.native import library
+from polyak.ranks import messages
 from polyak.store import gather as gathering
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard
@@ -167,6 +168,30 @@ def no_message_in_updates(folder):
     with CommDebugMode() as counter, average.swapped():
         pass
     assert counter.get_total_counts() > 0
+
+
+@on(4)
+def ranks_that_are_alike_say_so_in_one_message_a_dimension(folder, monkeypatch=pytest.MonkeyPatch):
+    average = polyak.WeightAverage(same_on_all(zoo.mlp)[0], shard_over=distributed.group.WORLD)
+    average.update()
+    sent = []
+
+    def count(*arguments, reduce=messages._reduce, **options):
+        sent.append(arguments)
+        return reduce(*arguments, **options)
+
+    def messages_of(call):
+        sent.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(messages, "_reduce", count)
+            call()
+        return len(sent)
+
+    assert messages_of(average.weights) == 1
+    # And whether all have the memory, and whether all end it alike; and whether the first rank could write.
+    assert messages_of(average.swap_in) == 2
+    assert messages_of(average.swap_out) == 1
+    assert messages_of(lambda: average.export(folder / "few.safetensors")) == 2
 
 
 @on(4)

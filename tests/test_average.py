@@ -1,6 +1,8 @@
 """`WeightAverage`: what it computes, when, and what it hands out."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -414,3 +416,31 @@ class TestReplacedTensors:
         model[0].requires_grad_(True)
         with pytest.raises(polyak.StateError, match=r"'0.weight' was frozen when the average was made"):
             average.update()
+
+
+def test_one_with_a_single_profile_is_an_average():
+    half = polyak.Exponential(0.5)
+    average = polyak.WeightAverage(zoo.mlp(), half)
+    assert isinstance(average, polyak.Average)
+    assert (average.name, average.profile) == ("average", half)
+    assert polyak.WeightAverage.swapped is polyak.Average.swapped
+    several = polyak.WeightAverage(zoo.mlp(), {"a": half, "b": polyak.Uniform()})
+    for ask in (lambda: several.name, lambda: several.profile, several.weights, several.swapped, several.swap_in):
+        with pytest.raises(polyak.StateError, match=r"'a', 'b' are all kept here: say which one, as average\['a'\]"):
+            ask()
+    several["b"].swap_in()
+    with pytest.raises(polyak.StateError, match=r"swap_out\(\) of 'a': the average 'b' stands in the model"):
+        several["a"].swap_out()
+    several.swap_out()
+
+
+def test_it_ends_with_its_last_reference():
+    average = polyak.WeightAverage(zoo.mlp())
+    average.update()
+    ended = [weakref.ref(each) for each in (average, average._core, average._core.store)]
+    gc.disable()
+    try:
+        del average
+        assert [each() for each in ended] == [None, None, None]
+    finally:
+        gc.enable()
