@@ -12,7 +12,7 @@ demo: .venv/demo-is-installed
 
 # The first run is without the kernel in C, as where there is no compiler.
 test: .venv/all-is-installed
-	POLYAK_KERNELS=foreach,staged $(BIN)/python -m pytest tests/test_average.py tests/test_model_ema.py tests/test_modes.py tests/test_swap.py
+	POLYAK_KERNELS=foreach,staged $(BIN)/python -m pytest tests/average/test_average.py tests/test_model_ema.py tests/kernels/test_modes.py tests/store/test_swap.py
 	$(BIN)/python -m pytest
 
 check: .venv/all-is-installed
@@ -25,7 +25,7 @@ bench: .venv/bench-is-installed
 
 # Broken files of every layout: each must be refused in one kind of error, or read rightly.
 fuzz: .venv/all-is-installed
-	$(BIN)/python tests/fuzz.py --files 100000
+	$(BIN)/python tests/support/fuzz.py --files 100000
 
 # Kills writers, fills disks and cuts the power while files are saved; `python -m tests.crash --help` for more.
 crashtest: .venv/all-is-installed

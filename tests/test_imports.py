@@ -2,11 +2,13 @@
 
 import ast
 import functools
+import os
 import pydoc
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -237,3 +239,27 @@ def test_a_checkout_that_is_not_installed_can_be_imported(tmp_path):
         check=True,
     )
     assert found.stdout.split() == ["0+unknown", "False"]
+
+
+@pytest.mark.protects
+def test_a_wheel_has_all_that_an_import_needs(tmp_path):
+    pytest.importorskip("setuptools")
+    root = SOURCE.parents[1]
+    if not (root / "setup.py").exists():
+        pytest.skip("needs a checkout")
+    shutil.copytree(root / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(root / name, tmp_path)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "wheels", "."]
+    # Without a compiler, which is not what is asked here.
+    environment = {**os.environ, "CC": "/nonexistent", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    subprocess.run(build, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    (wheel,) = (tmp_path / "wheels").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+    installed = {path.relative_to(tmp_path / "installed") for path in (tmp_path / "installed").rglob("*.py")}
+    assert installed == {path.relative_to(SOURCE.parent) for path in SOURCE.rglob("*.py")}
+    code = "import polyak; print(polyak.__file__, [getattr(polyak, name) for name in polyak.__all__])"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(tmp_path / "installed"))

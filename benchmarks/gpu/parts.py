@@ -38,7 +38,7 @@ OTHERS = {
     ),
     "cpu": ("stochastic:small", "compensated:small", "profiles:small"),
 }
-TESTS = ("test_gpu", "test_gpu_cases", "test_host_gpu")
+TESTS = {"test_gpu": "kernels", "test_gpu_cases": "kernels", "test_host_gpu": "store"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def pytest(name: str) -> list[str]:
     options += ["-p", "benchmarks.gpu.pytest_plugin"]
     if find_spec("pytest_timeout"):
         options += ["-p", "pytest_timeout", "--timeout", "90"]
-    return ["-m", "pytest", *options, f"tests/{name}.py"]
+    return ["-m", "pytest", *options, f"tests/{TESTS[name]}/{name}.py"]
 
 
 def updates(device: str, seconds: float) -> dict[str, list[str]]:

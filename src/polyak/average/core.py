@@ -1,4 +1,14 @@
-"""What a `WeightAverage` and its views share: the source, the store, the clock, and what stands where."""
+"""What a `WeightAverage` and each of its averages share: the middle, where model, time and tensors meet.
+
+Three parts know nothing of each other. The source is the model: which tensors it has, and whether they are still the
+same. The clock is the time: it says whether a call makes an update, and the growth of each profile since an earlier
+time. The store has the averages, takes growth, and lets its `updates` decide: at once, on the device, or in a worker.
+
+An update goes from the clock by way of the check of the source to the store; the clock is replaced last, so that what
+raises leaves everything as it was. Whatever reads the averages goes by `verify`, which waits for the updates and
+follows a model that has other tensors now. Inside of a swap the store's tensors stand in the source: `swapped` says so,
+and nothing follows or updates until it ends.
+"""
 
 from __future__ import annotations
 

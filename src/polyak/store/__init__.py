@@ -3,6 +3,6 @@
 from .modes import Modes as Modes
 from .shares import Shares as Shares
 from .store import Store as Store
-from .updates.device import OnDevice as OnDevice
-from .updates.protocol import Ledger as Ledger
-from .updates.protocol import Refused as Refused
+from .updates import Ledger as Ledger
+from .updates import OnDevice as OnDevice
+from .updates import Refused as Refused

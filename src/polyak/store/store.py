@@ -19,11 +19,7 @@ from .gather import gathering
 from .modes import Modes
 from .shares import Share, Shares
 from .swap import Swap
-from .updates.device import OnDevice
-from .updates.host import OnHost
-from .updates.inline import Inline, SourceCheck
-from .updates.protocol import Ledger, Updates
-from .updates.transfer import transfer_for
+from .updates import Inline, Ledger, OnDevice, OnHost, SourceCheck, Updates, transfer_for
 
 
 class Store:

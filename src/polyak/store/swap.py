@@ -1,4 +1,10 @@
-"""The average stands in the source for a while: in place, bit-exact both ways, whatever interrupts it."""
+"""The average stands in the source for a while: in place, bit-exact both ways, whatever interrupts it.
+
+Each pair of tensors goes one of three ways, chosen when the swap is made, which also takes all memory that it needs.
+The operations of all pairs are two journals, in and out, of which each runs to its end however often it is interrupted.
+Out begins by asking which parameters were changed inside, by sums of bits that were taken at the end of in; it can only
+undo what in has finished, so that it finishes that first.
+"""
 
 from __future__ import annotations
 

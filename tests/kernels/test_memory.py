@@ -1,36 +1,17 @@
 """Peak memory beside the averages, as torch's allocator counts it."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
 
 import polyak
+from peak import peak_memory
 
 MEBIBYTE = 1 << 20
 # What is bounded by a number, so that it does not grow with the model: 64 MiB, of which scratch takes a few.
 BOUND = 64 * MEBIBYTE
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
-
-
-class Peak:
-    """The largest number of bytes that torch held at any time beyond those at the beginning."""
-
-    bytes = 0
-
-
-@contextlib.contextmanager
-def peak_memory():
-    peak = Peak()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield peak
-    held = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak.bytes = max(peak.bytes, held)
 
 
 def model_of(dtype):

@@ -12,7 +12,7 @@ import polyak
 import zoo
 from data import make_state
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 PROFILES = {
     "power": polyak.Power(relative_std=0.1),
     "debiased": polyak.Exponential(half_life=3, debias=True),

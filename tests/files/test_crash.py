@@ -22,7 +22,7 @@ def told():
     """What `make crashtest` prints, called as it calls it, from the folder of the repository."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.crash", "--kills", "10", "--cuts", "2"],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,

@@ -16,7 +16,7 @@ from torch import distributed, nn
 import polyak
 import zoo
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,6 @@
 """What only a GPU can show: the cases of the kernel in Triton there, launches, synchronisation, memory, CUDA graphs."""
 
 import copy
-import importlib.util
 import math
 
 import pytest
@@ -9,9 +8,9 @@ import torch
 from torch import nn
 
 import polyak
+from has_gpu import CAN_RUN
 from polyak.kernels import Plan, Row, rounding
 
-CAN_RUN = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
 pytestmark = MARKS
 

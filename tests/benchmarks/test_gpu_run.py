@@ -19,9 +19,9 @@ from benchmarks.gpu.record import FAILED, NOT_STARTED, PASSED, TIMED_OUT, Record
 from benchmarks.gpu.updates import divided
 from benchmarks.shapes import SHAPES
 from benchmarks.suites import FLOAT32, PROFILES, SUITES
-from test_gpu import CAN_RUN
+from has_gpu import CAN_RUN
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SAY = "from benchmarks.gpu.emit import emit; import os, signal, subprocess, sys, time\n"
 
 
@@ -129,7 +129,7 @@ def test_the_record_gets_the_name_of_the_gpu_when_it_is_known(tmp_path):
 @pytest.mark.protects
 def test_nothing_outlives_a_run_that_is_ended(tmp_path):
     code = f"""
-import sys; sys.path.insert(0, {str(ROOT / "tests")!r})
+import sys; sys.path[:0] = [{str(ROOT / "tests" / "support")!r}, {str(Path(__file__).parent)!r}]
 from pathlib import Path
 import signal, test_gpu_run
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

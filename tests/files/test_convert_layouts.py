@@ -51,7 +51,7 @@ def test_the_help_and_the_docstring_have_each_layout():
 
 
 def test_the_documentation_has_each_layout():
-    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
     assert (
         re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE)[-len(WRITTEN) :] == list(WRITTEN) == list(cases.TARGETS)
     )

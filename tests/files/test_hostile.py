@@ -412,7 +412,7 @@ def test_a_file_that_becomes_shorter(tmp_path):
 def test_a_minute_of_fuzzing_in_short():
     from pathlib import Path
 
-    script = Path(__file__).parent / "fuzz.py"
+    script = Path(__file__).parents[1] / "support" / "fuzz.py"
     found = subprocess.run(
         [sys.executable, script, "--files", "600", "--processes", "1"], capture_output=True, text=True, check=False
     )

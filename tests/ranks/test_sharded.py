@@ -23,7 +23,7 @@ MODULES = [
     "sharded_share_checks",
     "sharded_share_errors_checks",
 ]
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or not distributed.is_available(), reason="needs fork and torch.distributed"
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 def _names():
     # The modules import what is slow, so their checks are found as text.
     for module in MODULES:
-        lines = (HERE / f"{module}.py").read_text().splitlines()
+        lines = (SUPPORT / f"{module}.py").read_text().splitlines()
         for mark, definition in pairwise(lines):
             if mark.startswith("@on("):
                 yield definition.removeprefix("def ").partition("(")[0], int(mark[4])
@@ -43,7 +43,7 @@ def _names():
 def folder(tmp_path_factory):
     """Where the processes, which run all checks, left what they found."""
     folder = tmp_path_factory.mktemp("ranks")
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, ranks.__file__, str(folder), *MODULES]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import distributed
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 FAILED = "StateError: a message between ranks failed: one of them is lost, has raised an error, or has not made the"
 SAID = {
     "lost_before_a_swap": FAILED,
@@ -30,9 +30,9 @@ pytestmark = pytest.mark.skipif(
 def folder(tmp_path_factory):
     """Where three ranks, for each case, left what they were told."""
     folder = tmp_path_factory.mktemp("lost")
-    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(HERE / "lost_ranks.py"), str(folder)]
+    command = [sys.executable, str(SUPPORT / "lost_ranks.py"), str(folder)]
     subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=True)
     return folder
 

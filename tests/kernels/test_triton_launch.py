@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def needed():
@@ -33,11 +33,11 @@ MISSING = [name for name, path in needed().items() if not path.exists()]
 def test_all_launches_reach_the_driver(tmp_path):
     library = tmp_path / "libcuda.so.1"
     include = f"-I{needed()['the header cuda.h'].parent}"
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", include, str(HERE / "libcuda.c")]
+    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", include, str(SUPPORT / "libcuda.c")]
     subprocess.run([*command, "-o", str(library)], check=True)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "launch_cases.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / "launch_cases.py")],
         env={
             **environment,
             "CC": "gcc",
@@ -45,7 +45,7 @@ def test_all_launches_reach_the_driver(tmp_path):
             "TRITON_LIBCUDA_PATH": str(tmp_path),
             "TRITON_CACHE_DIR": str(tmp_path / "cache"),
         },
-        cwd=HERE.parent,
+        cwd=SUPPORT.parents[1],
         capture_output=True,
         text=True,
     )

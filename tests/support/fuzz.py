@@ -1,6 +1,6 @@
 """Reads files that were broken in many ways: each is a FileFormatError, or read as torch and safetensors read it.
 
-    python tests/fuzz.py --files 100000
+    python tests/support/fuzz.py --files 100000
 
 Every file of `tests/data/files`, and trees of containers made at random, are mutated: bits are flipped, ends cut off,
 parts of other files put in; in pickles, whose checksums are then made right again, numbers grow and names change; in

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-FILES = Path(__file__).parent / "data" / "files"
+FILES = Path(__file__).parents[1] / "data" / "files"
 CASES = sorted(folder.name for folder in FILES.iterdir() if (folder / "about.json").exists())
 
 

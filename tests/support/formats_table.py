@@ -1,13 +1,13 @@
 """The README's table of formats, made from the layouts.
 
-python tests/formats_table.py    writes it into the README
+python tests/support/formats_table.py    writes it into the README
 """
 
 from pathlib import Path
 
 from polyak.files.layouts import LAYOUTS
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- formats: begin -->\n", "<!-- formats: end -->\n"
 # Where the average is not to be said in a row.
 _COMPUTED = {

@@ -9,7 +9,7 @@ import formats_table
 from benchmarks import pages, speed
 from benchmarks.records import records
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
@@ -37,13 +37,13 @@ def test_the_examples_of_the_documentation_run(path, capsys, tmp_path, monkeypat
 
 def test_the_table_of_formats_is_that_of_the_layouts():
     _, written, _ = formats_table.parts()
-    assert written == formats_table.table(), "python tests/formats_table.py writes it anew"
+    assert written == formats_table.table(), "python tests/support/formats_table.py writes it anew"
 
 
 def test_each_test_that_it_names_exists():
     named = re.findall(r"`(test_\w+)`", README)
     assert len(named) >= 10
-    defined = "\n".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    defined = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for name in named:
         assert f"def {name}(" in defined, name
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+import operations
 import polyak
-import test_table
 import zoo
 from host_cases import MODES, PROFILES, SECONDS, Held, Slow, assert_same, drift, pair, weights
+from peak import peak_memory
 from polyak.kernels import native
 from polyak.store import store as local
 from polyak.store.updates import host
-from test_memory import peak_memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:the average is .* after 0 updates")
 
@@ -37,12 +37,12 @@ def test_the_bits_of_an_average_beside_the_model(machine, here, name, mode):
 
 
 @pytest.mark.filterwarnings("ignore:.*_norm.* is deprecated:FutureWarning")
-@pytest.mark.parametrize("operation", test_table.OPERATIONS, ids=lambda operation: operation.__name__)
-@pytest.mark.parametrize("model", test_table.MODELS)
+@pytest.mark.parametrize("operation", operations.OPERATIONS, ids=lambda operation: operation.__name__)
+@pytest.mark.parametrize("model", operations.MODELS)
 def test_every_model_through_every_operation(machine, monkeypatch, model, operation, tmp_path):
     """The table of all models, where each update has to be made, as on several ranks."""
     monkeypatch.setattr(host, "is_alone", lambda: False)
-    test_table.test_every_model_under_every_wrapper_through_every_operation(model, "bare", operation, tmp_path)
+    operations.test_every_model_under_every_wrapper_through_every_operation(model, "bare", operation, tmp_path)
     assert machine.sets
 
 

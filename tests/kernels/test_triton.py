@@ -14,7 +14,7 @@ from polyak.kernels import Plan, Row
 from polyak.kernels.gpu import launch
 from polyak.kernels.gpu.table import BLOCK, VECTOR, fits, make_chunks, make_table
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 def test_all_cases_in_the_interpreter(cases):
     """In a process of its own: Triton has to know it before it is imported, and other tests may import it."""
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / cases)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SUPPORT / cases)],
         env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=HERE.parent,
+        cwd=SUPPORT.parents[1],
         capture_output=True,
         text=True,
     )
