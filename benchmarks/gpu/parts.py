@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
 # What the parts import. The last five are the libraries that are compared.
 PACKAGES = (
@@ -38,7 +39,7 @@ OTHERS = {
     ),
     "cpu": ("stochastic:small", "compensated:small", "profiles:small"),
 }
-TESTS = {"test_gpu": "kernels", "test_gpu_cases": "kernels", "test_host_gpu": "store"}
+TESTS = ("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_cases.py", "tests/store/test_host_gpu.py")
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ def smoke(device: str, seconds: float) -> dict[str, list[str]]:
 
 def tests(device: str, seconds: float) -> dict[str, list[str]]:
     """One process for each test file, and one that reports the machine, which pytest does not."""
-    return {"machine": ["-m", "benchmarks.gpu.about", device], **{name: pytest(name) for name in TESTS}}
+    return {"machine": ["-m", "benchmarks.gpu.about", device], **{Path(path).stem: pytest(path) for path in TESTS}}
 
 
-def pytest(name: str) -> list[str]:
+def pytest(path: str) -> list[str]:
     """Prints the stack of a test that takes longer than a minute."""
     options = ["-q", "-rfE", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
     options += ["-p", "benchmarks.gpu.pytest_plugin"]
     if find_spec("pytest_timeout"):
         options += ["-p", "pytest_timeout", "--timeout", "90"]
-    return ["-m", "pytest", *options, f"tests/{TESTS[name]}/{name}.py"]
+    return ["-m", "pytest", *options, path]
 
 
 def updates(device: str, seconds: float) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 import polyak
 import zoo
-from operations import IMPOSSIBLE, MODELS, OPERATIONS, WRAPPERS, Run, export, features, update
+from operations import MODELS, OPERATIONS, WRAPPERS, Run, check, features, update
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the average is .* after 0 updates"),
@@ -28,15 +28,7 @@ def process_group():
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_under_every_wrapper_through_every_operation(model, wrapper, operation, tmp_path):
-    make, inputs = MODELS[model]
-    run = Run(make, WRAPPERS[wrapper], inputs)
-    run.train()
-    arguments = [tmp_path / "file.safetensors"] if operation is export else []
-    if (model, operation.__name__) in IMPOSSIBLE:
-        with pytest.raises(polyak.StateError, match=r"cannot be copied: .* average\.swapped\(\)"):
-            operation(run)
-    else:
-        operation(run, *arguments)
+    check(model, wrapper, operation, tmp_path)
 
 
 @pytest.mark.protects

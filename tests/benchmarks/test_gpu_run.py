@@ -167,7 +167,7 @@ def test_prints_beside():
 def test_results_of_tests_are_those_that_the_plugin_reports(end, tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_it.py").write_text(TESTS_OF_ALL_KINDS + end)
-    arguments = [*parts.pytest("test_it")[2:], "-s", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    arguments = [*parts.pytest("tests/test_it.py")[2:], "-s", "-c", os.devnull, "--rootdir", str(tmp_path)]
     code = f"import os, pytest; os.chdir({str(tmp_path)!r}); raise SystemExit(pytest.main({arguments}))"
     it = Part("tests", 12.0, 0.0, lambda device, seconds: {"test_it": ["-c", code]})
     record, text = run([it], tmp_path / "out")

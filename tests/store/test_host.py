@@ -42,7 +42,7 @@ def test_the_bits_of_an_average_beside_the_model(machine, here, name, mode):
 def test_every_model_through_every_operation(machine, monkeypatch, model, operation, tmp_path):
     """The table of all models, where each update has to be made, as on several ranks."""
     monkeypatch.setattr(host, "is_alone", lambda: False)
-    operations.test_every_model_under_every_wrapper_through_every_operation(model, "bare", operation, tmp_path)
+    operations.check(model, "bare", operation, tmp_path)
     assert machine.sets
 
 

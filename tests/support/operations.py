@@ -246,3 +246,16 @@ def is_half(run):
 
 
 OPERATIONS = [update, swap, module, live_module, state_round_trip, resume, export]
+
+
+def check(model, wrapper, operation, folder):
+    """One operation on one kind of model under one wrapper."""
+    make, inputs = MODELS[model]
+    run = Run(make, WRAPPERS[wrapper], inputs)
+    run.train()
+    arguments = [folder / "file.safetensors"] if operation is export else []
+    if (model, operation.__name__) in IMPOSSIBLE:
+        with pytest.raises(polyak.StateError, match=r"cannot be copied: .* average\.swapped\(\)"):
+            operation(run)
+    else:
+        operation(run, *arguments)
