@@ -7,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyak.store.updates import transfer
-from polyak.store.updates.staging import pack
-from polyak.store.updates.transfer import PlainCopies, SideStreams, _Lane, transfer_for
+from polyak.store.updates.transfer import PlainCopies, SideStreams, _Lane, pack, transfer_for
 
 
 class Accelerator:
