@@ -1,6 +1,6 @@
 """What averages of large models take, and where: `python -m benchmarks.sizing [--write]`, which is for the docs.
 
-Bytes are formulas. Times are bytes over rates that were measured, and are left empty where none was.
+Bytes are formulas. Times are bytes over rates that were measured, and are left out where none was.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ EVERY = (1, 10, 100)
 RANKS_OF_A_NODE = 8
 BILLION = 1e9
 GIGABYTE = 1e9
+# Where the bytes of an update go, in the order of `Place.seconds`.
+WAYS = ("GPU", "PCIe", "CPU")
 
 
 @dataclass(frozen=True)
@@ -176,16 +178,18 @@ def bytes_table() -> Table:
 
 
 def time_table(machine: Machine) -> Table:
-    every = ", ".join(map(str, EVERY))
+    """Of what was measured there; other rows and columns are left out."""
+    timed = [(place, place.seconds(machine)) for place in every_place()]
+    timed = [(place, seconds) for place, seconds in timed if any(seconds)]
+    columns = [n for n in range(len(WAYS)) if any(seconds[n] for _, seconds in timed)]
     return Table(
-        f"Milliseconds a step, for every={every}: {machine.name}",
-        ("model", "layout", "averages on", "GPU", "PCIe", "CPU"),
+        f"Milliseconds a step, for every={', '.join(map(str, EVERY))}: {machine.name}",
+        ("model", "layout", "averages on", *(WAYS[n] for n in columns)),
         [
-            (place.layout.model, place.layout.how, place.name, *map(by_every, place.seconds(machine)))
-            for place in every_place()
+            (place.layout.model, place.layout.how, place.name, *(by_every(seconds[n]) for n in columns))
+            for place, seconds in timed
         ],
         num_text=3,
-        note="" if PCIE in machine.rates else "Empty cells: nothing was measured on a GPU, or on the way to its host.",
     )
 
 

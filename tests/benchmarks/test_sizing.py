@@ -126,7 +126,15 @@ def test_the_rate_of_copies_is_the_one_beside_a_training(tmp_path):
         assert rates.rates_of(json.loads(path.read_text())) == expected
 
 
-def test_a_rate_that_was_not_measured_leaves_its_cell_empty():
+def test_what_was_not_measured_is_left_out():
+    machine = rates.Machine("it", {rates.update_rate("cpu", MIXED): 8e7, rates.update_rate("cpu", FLOAT32): 8e7})
+    table = sizing.time_table(machine)
+    assert table.columns == ("model", "layout", "averages on", "CPU")
+    assert len(table.rows) == len(sizing.LAYOUTS)
+    assert all(place.startswith("host") and time for _, _, place, time in table.rows)
+
+
+def test_a_rate_that_was_not_measured_gives_no_time():
     layout = sizing.Layout("", "", here=1000.0, replicas=1, suite=MIXED)
     on_gpu, on_host = sizing.places(layout)
     machine = rates.Machine("it", {rates.update_rate("cpu", MIXED): 8e7})
