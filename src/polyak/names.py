@@ -1,6 +1,6 @@
 """Canonical names: what a tensor is called in the bare model, whatever wraps it.
 
-Strings only. Which modules wrap others is known to `entries`; here is what can be said of a name by itself.
+Strings only. Which modules wrap others is known to `model`; here is what can be said of a name by itself.
 """
 
 from __future__ import annotations
