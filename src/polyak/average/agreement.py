@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -62,13 +61,12 @@ def check_alike(core: Core) -> None:
     meshes = core.store.meshes
     if not meshes:
         return
-
-    @functools.cache
-    def numbers(mesh: Any) -> dict[str, int]:
-        settings = _number(list(_settings(core, _entries_over(core, mesh))))
-        return {"settings": settings, "weights": _number(_weights(core))}
-
-    apart_in = _compare(core, meshes, ("settings", "weights"), numbers)
+    weights = _number(_weights(core))
+    numbers = {
+        mesh: {"settings": _number(list(_settings(core, _entries_over(core, mesh)))), "weights": weights}
+        for mesh in meshes
+    }
+    apart_in = _compare(core, ("settings", "weights"), numbers)
     if "settings" in apart_in:
         found: list[str] = []
         for mesh in reversed(meshes):
@@ -116,24 +114,21 @@ def agreed(core: Core, call: str, *asked: object, sends: bool = True) -> Generat
     try:
         yield targets
         ledger = core.ledger()
+        # Messages hold numbers as they lie in memory.
+        kinds = {name: (targets[name].dtype, targets[name].stride()) for name in core.store.wholes if name in targets}
+        common = {
+            "asked": _number((call.partition("(")[0], asked)),
+            "updates": _number((core.clock, ledger.made, ledger.since, ledger.pending)),
+            "weights": _number(_weights(core)),
+            "targets": _number(kinds),
+        }
+        numbers = {mesh: {**common, "tensors": _number(_kinds(core, _entries_over(core, mesh)))} for mesh in meshes}
     except BaseException:
         # What this rank knows says more than that the others do not answer any more.
         with suppress(StateError):
-            _compare(core, meshes, topics, None)
+            _compare(core, topics, None)
         raise
-    common = {
-        "asked": _number((call.partition("(")[0], asked)),
-        "updates": _number((core.clock, ledger.made, ledger.since, ledger.pending)),
-    }
-    # Messages hold numbers as they lie in memory.
-    kinds = {name: (targets[name].dtype, targets[name].stride()) for name in core.store.wholes if name in targets}
-    common |= {"weights": _number(_weights(core)), "targets": _number(kinds)}
-
-    @functools.cache
-    def numbers(mesh: Any) -> dict[str, int]:
-        return {**common, "tensors": _number(_kinds(core, _entries_over(core, mesh)))}
-
-    apart_in = _compare(core, meshes, topics, numbers)
+    apart_in = _compare(core, topics, numbers)
     if _ERROR in apart_in:
         raise StateError(f"{call}: another rank raised an error, which says why; nothing was written")
     difference = {
@@ -163,24 +158,21 @@ _AMONG_SHARES = frozenset({"weights", "targets"})
 _NOTHING = -(1 << 63)
 
 
-def _compare(
-    core: Core, meshes: Sequence[Any], topics: Sequence[str], numbers: Callable[[Any], Mapping[str, int]] | None
-) -> set[str]:
+def _compare(core: Core, topics: Sequence[str], numbers: Mapping[Any, Mapping[str, int]] | None) -> set[str]:
     """In which topics any two ranks have different numbers; all of them get the same.
 
     Args:
         core: whose ranks.
-        meshes: the ranks, the largest mesh last.
         topics: what is compared.
-        numbers: of 64 bits for each topic, as they are to be on all ranks of a mesh; None: this rank raised an error.
+        numbers: for each mesh a number of each topic, as it must be on all of its ranks. None: it raised an error.
 
     Raises:
         StateError: a message failed.
     """
     found = {_ERROR} if numbers is None else set[str]()
     every = (_ERROR, *topics)
-    for mesh, dimension, compared in _lines(core, meshes, topics):
-        mine: Mapping[str, int] = {} if numbers is None else numbers(mesh)
+    for mesh, dimension, compared in _lines(core, topics):
+        mine: Mapping[str, int] = {} if numbers is None else numbers[mesh]
         ends = [(mine[topic], ~mine[topic]) if topic in mine else (_NOTHING, _NOTHING) for topic in compared]
         flags = [int(topic in found) for topic in every]
         highest = reduced([*flags, *(number for pair in ends for number in pair)], mesh, dimension)
@@ -189,28 +181,25 @@ def _compare(
         pairs = zip(highest[len(every) :: 2], highest[len(every) + 1 :: 2], strict=True)
         found |= {topic for topic, (high, low) in zip(compared, pairs, strict=True) if high != ~low}
     # Meshes may cross, so that each rank sees those along its own lines only, and hears of the rest.
-    for mesh in meshes[:-1]:
+    for mesh in core.store.meshes[:-1]:
         for dimension in range(mesh.ndim):
             flags = reduced([int(topic in found) for topic in every], mesh, dimension)
             found = {topic for topic, flag in zip(every, flags, strict=True) if flag}
     return found
 
 
-def _lines(core: Core, meshes: Sequence[Any], topics: Sequence[str]) -> list[tuple[Any, int, list[str]]]:
-    """Along which dimensions of which meshes ranks compare what."""
+def _lines(core: Core, topics: Sequence[str]) -> list[tuple[Any, int, list[str]]]:
+    """Along which dimensions of which meshes ranks compare what; the largest mesh is last."""
     lines = [
         (mesh, d, [topic for topic in topics if topic not in _AMONG_SHARES])
-        for mesh in meshes
+        for mesh in core.store.meshes
         for d in range(mesh.ndim)
     ]
     shared = core.store.shares
-    if shared.mesh is not None and meshes:
+    if shared.by_name:
         ranks_of = distributed.get_process_group_ranks
         with sending():
-            among = (each for mesh, d, each in lines if ranks_of(mesh.get_group(d)) == ranks_of(shared.group))
-            compared = next(among, None)
-        if compared is None:
-            lines.insert(0, (shared.mesh, 0, compared := []))
+            compared = next(each for mesh, d, each in lines if ranks_of(mesh.get_group(d)) == ranks_of(shared.group))
         compared += [topic for topic in topics if topic in _AMONG_SHARES]
     return lines
 
