@@ -24,7 +24,7 @@ from polyak.kernels import Copies, FiniteTest, Plan, Row
 from polyak.ranks import is_alone
 
 from .inline import SourceCheck
-from .protocol import Ledger, Refused
+from .protocol import Ledger, Refused, check_intact
 from .transfer import Copied, Staging, Transfer
 from .worker import Progress, Worker, apply
 
@@ -89,12 +89,10 @@ class OnHost:
         self._take_up(ledger)
         return self
 
-    def release(self) -> Ledger:
-        """Gives up the staging memory; returns what became of the updates, for whoever goes on."""
-        ledger = self.ledger()
-        self.room = {}
-        self._sets = []
-        return ledger
+    def release(self) -> None:
+        """Gives up the staging memory, for a successor that needs its own; nothing can be submitted any more."""
+        self.settle()
+        self.room, self._sets = {}, []
 
     def submit(self, growth: Sequence[float], *, at: float, look: bool) -> Refused | None:
         """Begins an update. Where the host is behind, and this process is alone, nothing happens.
@@ -108,7 +106,7 @@ class OnHost:
             if refused is not None:
                 return refused
             look = False
-        Ledger((), failure=self._progress.failure).checked()
+        check_intact(self._progress.failure)
         free = self._find_free()
         if free is None and not (is_alone() and any(each.is_copied for each in self._sets)):
             wait(list(self._under_way()), return_when=FIRST_COMPLETED)

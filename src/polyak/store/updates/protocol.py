@@ -34,12 +34,21 @@ class Ledger(NamedTuple):
         Raises:
             StateError: an update failed.
         """
-        if self.failure is None:
-            return self
+        check_intact(self.failure)
+        return self
+
+
+def check_intact(failure: BaseException | None) -> None:
+    """Raises where a worker's update failed.
+
+    Raises:
+        StateError: it did.
+    """
+    if failure is not None:
         raise StateError(
-            f"an update on the host failed: {type(self.failure).__name__}: {self.failure}. The averages may be a "
-            "mixture of before and after it: load their last state by load_state_dict(), or begin again by reset()"
-        ) from self.failure
+            f"an update on the host failed: {type(failure).__name__}: {failure}. The averages may be a mixture of "
+            "before and after it: load their last state by load_state_dict(), or begin again by reset()"
+        ) from failure
 
 
 class Refused(NamedTuple):
