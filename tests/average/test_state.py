@@ -168,6 +168,7 @@ class TestRefused:
             (lambda s: {key: value for key, value in s.items() if key != "clock"}, "it has no 'clock'"),
             (lambda s: {**s, "clock": {**s["clock"], "num_calls": "many"}}, "the state is damaged"),
             (lambda s: {**s, "clock": {"time": 1.0, "speed": 2}}, "the state is damaged: its clock is"),
+            (lambda s: {**s, "clock": torch.zeros(5)}, "the state is damaged: its clock is"),
             (lambda s: {**s, "clock": {**s["clock"], "time": float("nan")}}, "the state is damaged"),
             (lambda s: {**s, "pending": {}}, "the state is damaged: KeyError"),
             (lambda s: {**s, "pending": {"average": -1.0}}, "the state is damaged: its pending growth is"),

@@ -587,7 +587,7 @@ def test_a_live_module_that_cannot_be_made_leaves_nothing_behind():
     average = polyak.WeightAverage(model)
     with pytest.raises(polyak.StateError, match="cannot be copied"):
         average.live_module()
-    assert not average._core.live
+    assert not average._core.lends
     assert not average._core.live
 
 

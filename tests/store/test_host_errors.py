@@ -61,6 +61,23 @@ def test_what_is_not_finite_is_raised_at_the_next_call(machine, here, through):
     assert zoo.bit_equal(average.weights(), right.weights())
 
 
+@pytest.mark.protects
+@pytest.mark.parametrize("through", ["update", "wait"])
+def test_it_is_raised_after_the_model_got_other_memory_too(machine, through):
+    model = zoo.mlp()
+    average = polyak.WeightAverage(model, polyak.Exponential(0.9), device="cpu", nonfinite="raise")
+    kept = model[0].weight.detach().clone()
+    with torch.no_grad():
+        model[0].weight.fill_(float("inf"))
+    average.update()
+    average._core.store.updates.settle()
+    model[0].weight.data = kept
+    average.weights()
+    with pytest.raises(polyak.StateError, match=r"held at an earlier update NaNs or infinities in '0\.weight'"):
+        getattr(average, through)()
+    getattr(average, through)()
+
+
 def test_a_state_takes_along_what_a_bad_step_left_pending(machine, here):
     model, average, *_ = pair(here, zoo.mlp, nonfinite="skip")
     drift(model, seed=0)

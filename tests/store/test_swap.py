@@ -1,7 +1,6 @@
 """The average stands in the source: in place, bit-exact both ways, whatever happens inside or interrupts."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +8,8 @@ from torch import nn
 
 import polyak
 import zoo
+from interrupts import Interrupt, interrupt_at
 from polyak.kernels.halves import upper_half
-
-HOUSE = str(Path(polyak.__file__).parent)
 
 
 def trained(name="batchnorm", **options):
@@ -99,28 +97,6 @@ def test_an_exception_inside_comes_through_and_the_weights_are_back():
     assert zoo.bit_equal(average.weights(), kept)
 
 
-class _Interrupt(BaseException):
-    pass
-
-
-def interrupt_at(position):
-    """Raises at the n-th line of polyak that runs, as a signal handler could; then never again."""
-    seen = 0
-
-    def trace(frame, event, _):
-        nonlocal seen
-        if not frame.f_code.co_filename.startswith(HOUSE):
-            return None
-        if event == "line":
-            seen += 1
-            if seen == position:
-                sys.settrace(None)
-                raise _Interrupt
-        return trace
-
-    return trace
-
-
 @pytest.mark.protects
 @pytest.mark.parametrize("is_first", [True, False], ids=["first swap", "later swap"])
 @pytest.mark.parametrize("name", ["batchnorm", "mixed"])
@@ -141,7 +117,7 @@ def test_an_interruption_at_every_line_of_the_swap_loses_nothing(name, is_first,
             with average.swapped():
                 pass
             finished = True
-        except _Interrupt:
+        except Interrupt:
             interrupted += 1
         finally:
             sys.settrace(None)

@@ -139,7 +139,7 @@ def all_ranks_report_the_same(folder):
         place.add_(1)
     assert average.report().source_moved
     store = average._core.store
-    store.resume(store.updates.ledger()._replace(made=1))
+    store.updates = store.updates.resume(store.updates.ledger()._replace(made=1))
     assert average.report().stuck == ("embedding.weight",)
 
 

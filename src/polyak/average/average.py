@@ -201,6 +201,7 @@ class Average:
         tensors = core.store.tensors(self.name)
         module = build_module(core.source.bare, core.source.entries, tensors, owners=(self._owner, core))
         core.live[module] = Watch(module)
+        core.lends = True
         return module
 
     def export(self, path: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> None:

@@ -26,7 +26,7 @@ from polyak.kernels import checksums, is_capturing
 from polyak.model import Source, Watch
 from polyak.profiles import Profile
 from polyak.ranks import Question
-from polyak.store import Ledger, OnDevice, Refused, Store
+from polyak.store import Ledger, OnDevice, Refused, Store, Updates
 
 from .attach import Attachment
 from .clock import Clock
@@ -44,6 +44,7 @@ class Core:
         source: the model being trained.
         store: where the averages are.
         live: modules whose tensors are the store's own, each with a watch that they still are.
+        lends: whether there was ever one: a graph that was built on it may outlive it.
         swapped: the name of the average that stands in the source.
         leaving: what ranks that share averages ask each other when the swap ends.
         training_hook: the hook that keeps optimizers from training it there.
@@ -61,6 +62,7 @@ class Core:
     live: weakref.WeakKeyDictionary[nn.Module, Watch] = field(
         default_factory=weakref.WeakKeyDictionary[nn.Module, Watch]
     )
+    lends: bool = False
     swapped: str | None = None
     leaving: Question | None = None
     training_hook: RemovableHandle | None = None
@@ -133,17 +135,29 @@ class Core:
         clock = self.clock.tick(at)
         if clock.is_due:
             self.follow_source()
-            updates = self.store.updates
-            if self.nonfinite == "raise":
-                # Before anything is added, so that a raise changes nothing.
-                _raise_for(updates.late(), when=_EARLIER)
-            growths = clock.growths(self.profiles.values(), since=updates.since)
+            self._submit(clock)
+        else:
+            self.clock = clock
+
+    def _submit(self, clock: Clock) -> None:
+        """The update of a call: clock and updates go on together, or neither does."""
+        updates, before = self.store.updates, self.clock
+        if self.nonfinite == "raise":
+            # Before anything is added, so that a raise changes nothing.
+            _raise_for(updates.late(), when=_EARLIER)
+        growths = clock.growths(self.profiles.values(), since=updates.since)
+        try:
+            self.clock = clock
             refused = updates.submit(growths, at=clock.time, look=self.looks)
             if self.nonfinite == "raise":
                 _raise_for(refused, when="holds")
-            if self.live:
-                self.store.show_changes()
-        self.clock = clock
+        except BaseException:
+            # What was interrupted after it was made is not undone.
+            if updates.since != clock.time:
+                self.clock = before
+            raise
+        if self.lends and updates.since == clock.time:
+            self.store.show_changes()
 
     def _capture(self, at: float | None) -> None:
         """Puts an update into the CUDA graph that is being captured; `advance` says what each replay applies."""
@@ -231,9 +245,17 @@ class Core:
     def reset(self) -> None:
         """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
         self._refresh()
-        self.store.begin()
-        self.clock = Clock(self.clock.every, self.clock.start)
+        clock, updates = Clock(self.clock.every, self.clock.start), self.store.begun()
+        self.go_on(clock, updates)
         self.begin(are_copies=True)
+
+    def go_on(self, clock: Clock, updates: Updates) -> None:
+        """Goes on from another time, and from what was made until then."""
+        # One statement, which nothing interrupts between its parts.
+        self.clock, self.store.updates = clock, updates
+        self.store.prefer_device()
+        if self.lends:
+            self.store.show_changes()
 
     def verify_values(self) -> None:
         """The check of what is not averaged, too, for what is to be kept: states and files."""

@@ -114,8 +114,7 @@ def load_state(core: Core, state: Mapping[str, Any]) -> None:
     core.store.updates.settle()
     with torch.no_grad():
         copy_(targets, sources)
-    core.store.resume(Ledger(tuple(pending.values()), made, since))
-    core.clock = clock
+    core.go_on(clock, core.store.updates.resume(Ledger(tuple(pending.values()), made, since)))
     core.begin()
     # The model may be loaded before this state or after: what is frozen must then be what it was when that was saved.
     core.source.resume_sums(frozen)
@@ -193,10 +192,13 @@ def _saved_clock(clock: Clock, ledger: Ledger) -> dict[str, Any]:
 def _read_clock(clock: Clock, saved: Any) -> tuple[Clock, int, float]:
     """The clock, how many updates were made, and the time from which the next growth counts."""
     try:
-        axis, time, since, num_calls, made = (saved[key] for key in _saved_clock(clock, Ledger(())))
+        if not isinstance(saved, dict):
+            raise TypeError
+        given = cast("dict[str, Any]", saved)
+        axis, time, since, num_calls, made = (given[key] for key in _saved_clock(clock, Ledger(())))
         right = all(type(each) is float for each in (time, since)) and all(type(n) is int for n in (num_calls, made))
         right = right and axis in (None, "calls", "at") and 0 <= since <= time < math.inf
-        right = right and 0 <= made <= num_calls and len(saved) == 5
+        right = right and 0 <= made <= num_calls and len(given) == 5
     except (KeyError, TypeError, ValueError) as error:
         raise FileFormatError(f"the state is damaged: its clock is {saved!r}") from error
     if not right:

@@ -6,3 +6,4 @@ from .store import Store as Store
 from .updates import Ledger as Ledger
 from .updates import OnDevice as OnDevice
 from .updates import Refused as Refused
+from .updates import Updates as Updates

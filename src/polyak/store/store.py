@@ -19,7 +19,7 @@ from .gather import gathering
 from .modes import Modes
 from .shares import Share, Shares
 from .swap import Swap
-from .updates import Inline, Ledger, OnDevice, OnHost, SourceCheck, Updates, transfer_for
+from .updates import Inline, Ledger, OnDevice, OnHost, SourceCheck, Updates, check_intact, transfer_for
 
 
 class Store:
@@ -83,7 +83,8 @@ class Store:
         self.copies: dict[str, Tensor] = {}
         self.swap: Swap | None = None
         self._bind(entries, Ledger((0.0,) * len(self.averages)))
-        self.begin()
+        self.updates = self.begun()
+        self.prefer_device()
 
     def __getstate__(self) -> dict[str, Any]:
         # A plan holds addresses, which are this object's alone.
@@ -94,7 +95,7 @@ class Store:
         ledger = state.pop("ledger")
         vars(self).update(state, _entries=None)
         self._plan_updates(ledger)
-        self._choose()
+        self.prefer_device()
 
     def again(self, entries: Sequence[Entry]) -> Store:
         """A store for other entries; what is alike in both keeps its averages.
@@ -139,7 +140,8 @@ class Store:
                     tensor.copy_(kept)
                     if name in store.seconds[profile]:
                         store.seconds[profile][name].copy_(self.seconds[profile][name])
-        store.resume(ledger)
+        store.updates = store.updates.resume(ledger)
+        store.prefer_device()
         return store
 
     @property
@@ -157,7 +159,7 @@ class Store:
         assert self.swap is None
         if entries is not self._entries:
             self._bind(entries, self.updates.ledger())
-            self._choose()
+            self.prefer_device()
 
     def _bind(self, entries: Sequence[Entry], ledger: Ledger) -> None:
         # Scratch memory and views that are made in inference mode could not be written outside of it.
@@ -205,7 +207,8 @@ class Store:
             before.release()
         self.updates = OnHost(transfer, rows, self.copies, check=check, seed=self.modes.seed, ledger=ledger)
 
-    def _choose(self) -> None:
+    def prefer_device(self) -> None:
+        """Leaves it to the device whether an update is made, where some may be left out, and it can see that."""
         # The device of one rank does not know what others have found.
         if self._looks and not self.meshes:
             self.let_device_decide()
@@ -230,18 +233,16 @@ class Store:
         strides = None if name not in self.wholes or is_dense(self._sources[name]) else self._sources[name].stride()
         return Row(name, self._sources[name], averages, seconds, key, strides=strides)
 
-    def begin(self) -> None:
-        """Takes the sources as the averages, with nothing pending."""
+    def begun(self) -> Updates:
+        """Takes the sources as the averages; returns who goes on from there, with nothing pending and nothing made."""
         # It is update 0, on which the random bits of those that are rounded stochastically depend.
-        self.updates = self.updates.resume(Ledger((0.0,) * len(self.averages), made=-1))
-        self.updates.submit([math.inf] * len(self.averages), at=0.0, look=False)
-        self.updates.ledger().checked()
-        self._choose()
-
-    def resume(self, ledger: Ledger) -> None:
-        """Takes up what was pending and made elsewhere, such as in a state."""
-        self.updates = self.updates.resume(ledger)
-        self._choose()
+        fresh = self.updates.resume(Ledger((0.0,) * len(self.averages), made=-1))
+        fresh.submit([math.inf] * len(self.averages), at=0.0, look=False)
+        failure = fresh.ledger().failure
+        if failure is not None:
+            self.updates = self.updates.resume(self.updates.ledger()._replace(failure=failure))
+        check_intact(failure)
+        return fresh
 
     def show_changes(self) -> None:
         """Lets whoever holds the averages themselves see that they changed, as modules do.

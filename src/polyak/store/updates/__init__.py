@@ -7,4 +7,5 @@ from .inline import SourceCheck as SourceCheck
 from .protocol import Ledger as Ledger
 from .protocol import Refused as Refused
 from .protocol import Updates as Updates
+from .protocol import check_intact as check_intact
 from .transfer import transfer_for as transfer_for

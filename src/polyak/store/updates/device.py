@@ -34,7 +34,7 @@ class OnDevice:
     def __init__(
         self, inline: Inline, kernel: Triton, copies: tuple[Sequence[Tensor], Sequence[Tensor]], *, seed: int
     ) -> None:
-        pending, made, self.since, _ = inline.ledger()
+        pending, made, self.since, *_ = inline.ledger()
         self._inline = inline
         self.plan = inline.plan
         self.is_advanced = False
@@ -47,7 +47,7 @@ class OnDevice:
         self._kernel.bad_names()
 
     def resume(self, ledger: Ledger) -> Inline:
-        """Takes up what was pending and made elsewhere; the device does not decide any more."""
+        """Who goes on from what was pending and made elsewhere; the device does not decide any more."""
         return self._inline.resume(ledger)
 
     def submit(self, growth: Sequence[float], *, at: float, look: bool) -> None:

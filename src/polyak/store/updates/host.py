@@ -9,6 +9,7 @@ where several processes train together: ranks of which each leaves out what it c
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import weakref
@@ -70,12 +71,12 @@ class OnHost:
         self._worker = Worker()
         self._copied: Copied | None = None
         self._take_up(ledger)
-        _HOSTS.add(self)
         _watch_optimizers()
 
     def _take_up(self, ledger: Ledger) -> None:
+        _HOSTS.add(self)
         self.since = ledger.since
-        self._progress = Progress(ledger.pending, ledger.made, failure=ledger.failure)
+        self._progress = Progress(ledger.pending, ledger.made, dict.fromkeys(ledger.refused), ledger.failure)
         self._num_submitted, self._looks = ledger.made, False
 
     @property
@@ -84,10 +85,11 @@ class OnHost:
         return self._sets[0].plan
 
     def resume(self, ledger: Ledger) -> OnHost:
-        """Takes up what was pending and made elsewhere, whatever became of updates that are under way."""
+        """Who goes on, in the same memory, from what was pending and made elsewhere."""
         self.settle()
-        self._take_up(ledger)
-        return self
+        other = copy.copy(self)
+        other._take_up(ledger)
+        return other
 
     def release(self) -> None:
         """Gives up the staging memory, for a successor that needs its own; nothing can be submitted any more."""
@@ -137,7 +139,8 @@ class OnHost:
     def ledger(self) -> Ledger:
         """What became of the updates; waits for the worker."""
         self.settle()
-        return Ledger(tuple(self._progress.pending), self._progress.made, self.since, self._progress.failure)
+        found = self._progress
+        return Ledger(tuple(found.pending), found.made, self.since, tuple(found.refused), found.failure)
 
     def num_made(self) -> int:
         """How many updates were made; waits only where the worker may leave some out.

@@ -52,14 +52,13 @@ class Inline:
         self.plan = plan
         self._copies = copies
         self._check = check
-        self.resume(ledger)
+        self.since = ledger.since
+        self._pending, self._made, self._refused = ledger.pending, ledger.made, ledger.refused
+        self._nothing = (0.0,) * len(ledger.pending)
 
     def resume(self, ledger: Ledger) -> Inline:
-        """Takes up what was pending and made elsewhere."""
-        self.since = ledger.since
-        self._pending, self._made = ledger.pending, ledger.made
-        self._nothing = (0.0,) * len(ledger.pending)
-        return self
+        """Who goes on from what was pending and made elsewhere."""
+        return Inline(self.plan, self._copies, self._check, ledger)
 
     def submit(self, growth: Sequence[float], *, at: float, look: bool) -> Refused | None:
         """One update."""
@@ -73,12 +72,14 @@ class Inline:
         self._pending, self._made, self.since = self._nothing, self._made + 1, at
         return None
 
-    def late(self) -> None:
-        """Nothing, for all is known at once."""
+    def late(self) -> Refused | None:
+        """What others have left out, who made the updates before; here all is known at once."""
+        names, self._refused = self._refused, ()
+        return Refused(names) if names else None
 
     def ledger(self) -> Ledger:
         """What became of the updates."""
-        return Ledger(self._pending, self._made, self.since)
+        return Ledger(self._pending, self._made, self.since, self._refused)
 
     def num_made(self) -> int:
         """How many updates were made."""

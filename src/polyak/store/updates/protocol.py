@@ -20,12 +20,14 @@ class Ledger(NamedTuple):
         pending: growth that no update has applied yet, one a profile.
         made: how many updates were made.
         since: the time from which the next growth counts.
+        refused: the names of sources that were not finite in updates that were left out, and not told of yet.
         failure: the error that ended the work of a worker; it makes no more updates.
     """
 
     pending: tuple[float, ...]
     made: int = 0
     since: float = 0.0
+    refused: tuple[str, ...] = ()
     failure: BaseException | None = None
 
     def checked(self) -> Ledger:
@@ -94,7 +96,7 @@ class Updates(Protocol):
         ...
 
     def resume(self, ledger: Ledger) -> Updates:
-        """Takes up what was pending and made elsewhere; returns who makes the next update."""
+        """Who goes on in this one's place from what was pending and made elsewhere; this one is left as it is."""
         ...
 
     def late(self) -> Refused | None:
