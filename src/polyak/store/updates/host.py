@@ -117,15 +117,15 @@ class OnHost:
             return None
         with record_function("polyak: stage"):
             self._copied = free.copied = free.staging.start()
+        before = self.since, self._num_submitted, self._looks
         try:
+            self.since, self._num_submitted, self._looks = at, self._num_submitted + 1, self._looks or look
             free.done = self._worker.start(partial(apply, self._progress, free, self._copied, growth, look=look))
         except BaseException:
+            self.since, self._num_submitted, self._looks = before
             # The set is free when this has raised, and no worker waits for what is copied to it.
             self._copied.wait()
             raise
-        self.since = at
-        self._num_submitted += 1
-        self._looks = self._looks or look
         return None
 
     def late(self) -> Refused | None:
