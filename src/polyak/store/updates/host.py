@@ -77,7 +77,8 @@ class OnHost:
         _HOSTS.add(self)
         self.since = ledger.since
         self._progress = Progress(ledger.pending, ledger.made, dict.fromkeys(ledger.refused), ledger.failure)
-        self._num_submitted, self._looks = ledger.made, False
+        self._num_submitted = ledger.made
+        self._looks: bool = False
 
     @property
     def plan(self) -> Plan:
