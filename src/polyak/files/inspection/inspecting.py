@@ -46,7 +46,7 @@ def inspect(
 
     Example:
         >>> import tempfile, torch
-        >>> from polyak.layouts import examine
+        >>> from polyak.files.layouts import examine
         >>> path = f"{tempfile.mkdtemp()}/checkpoint.pth"
         >>> torch.save({"state_dict": {"w": torch.ones(3)}, "state_dict_ema": {"w": torch.zeros(3)}}, path)
         >>> account = inspect(examine(path))

@@ -90,7 +90,7 @@ def all_regions(leaves: Sequence[Leaf], most: int) -> Iterator[Region]:
 
     Example:
         >>> from pathlib import Path
-        >>> from polyak.containers import Span
+        >>> from polyak.files.containers import Span
         >>> leaf = Stored("float32", (4, 3), (3, 1), 0, Span(Path("x"), 0, 48))
         >>> list(all_regions([leaf], 6))
         [((0, 2), (0, 3)), ((2, 4), (0, 3))]
@@ -137,7 +137,7 @@ def flattened(leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
 
     Example:
         >>> from pathlib import Path
-        >>> from polyak.containers import Span
+        >>> from polyak.files.containers import Span
         >>> columns = Stored("float32", (4, 3), (1, 4), 0, Span(Path("x"), 0, 48))
         >>> flattened([columns])[0].shape
         (12,)
