@@ -376,6 +376,14 @@ class TestRefused:
         ):
             polyak.convert(case.path, tmp_path / "out.pth", to="plain")
 
+    @pytest.mark.protects
+    def test_a_weight_called_names_is_no_lack_of_names(self, tmp_path):
+        average, names = {"weight": torch.ones(2)}, torch.zeros(3)
+        torch.save({"state_dict_ema": average, "state_dict": {**average, "names": names}}, tmp_path / "in.pth")
+        done = polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to="plain")
+        assert done.notes[0] == "not averaged, and as in the raw weights: 'names'"
+        assert torch.load(tmp_path / "out.pth").keys() == {"weight", "names"}
+
     def test_diffusers_without_a_configuration(self, tmp_path):
         case = cases.timm(tmp_path)
         with pytest.raises(polyak.FileFormatError, match=r"has no config.json, without which diffusers cannot make"):

@@ -234,9 +234,22 @@ class TestWhichLayout:
 class TestNames:
     def test_positions_need_names(self):
         checkpoint = polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"])
-        assert checkpoint.missing == ("names",)
+        assert (checkpoint.has_names, checkpoint.missing) == (False, ())
         assert sorted(checkpoint.average, key=int) == [str(place) for place in range(len(checkpoint.average))]
         assert "its tensors have no names, but positions: give model= or names=" in checkpoint.notes
+
+    @pytest.mark.protects
+    def test_a_weight_may_be_called_names(self, tmp_path, weights):
+        path = save(tmp_path, {"state_dict_ema": weights, "state_dict": {**weights, "names": torch.ones(3)}})
+        checkpoint = polyak.read(path)
+        assert (checkpoint.has_names, checkpoint.missing) == (True, ("names",))
+        model = torch.nn.Sequential()
+        model.layer = torch.nn.Linear(3, 2)
+        model.names = torch.nn.Parameter(torch.ones(3))
+        assert polyak.read(path, model=model).missing == ("names",)
+        model.names = torch.nn.Parameter(torch.ones(2))
+        with pytest.raises(polyak.MismatchError, match=r"'names' of what was trained in .* is \(3,\), and \(2,\) in"):
+            polyak.read(path, model=model)
 
     def test_as_many_names_as_tensors(self, tmp_path):
         content = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(1)] * 2, "collected_params": None}

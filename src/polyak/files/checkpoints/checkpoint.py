@@ -26,8 +26,8 @@ class Checkpoint:
         counters: numbers that say how far the training was, by the names that the library gives them.
         decay: of the average, where the file knows it.
         profiles: of the averages, where the file knows them.
-        missing: names that the raw weights or the model have and an average lacks; or "names", where the file has
-            tensors without names and nobody gave them.
+        has_names: whether the averages go by names; if not, by positions, as in the file, because nobody gave names.
+        missing: names that the raw weights or the model have and an average lacks.
         notes: what else a user should know of it.
     """
 
@@ -38,6 +38,7 @@ class Checkpoint:
     counters: Mapping[str, int | float]
     decay: float | None
     profiles: Mapping[str, Profile]
+    has_names: bool
     missing: tuple[str, ...]
     notes: tuple[str, ...]
 

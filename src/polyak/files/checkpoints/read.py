@@ -86,6 +86,7 @@ def read(
         counters=found.counters,
         decay=found.decay,
         profiles=_profiles(found),
+        has_names=found.has_names,
         missing=found.missing,
         notes=found.notes,
     )
@@ -194,8 +195,6 @@ def _fit(found: Found, model: nn.Module) -> Found:
                 named |= {name: first for name in tied if name not in named}
         return {name: named[name] for name in shapes if name in named}
 
-    if "names" in found.missing:
-        return found
     averages = {name: fit(average, f"average {name!r}") for name, average in found.averages.items()}
     raw = None if found.raw is None else fit(found.raw, "what was trained")
     lacking = [name for name in shapes if any(name not in average for average in averages.values())]

@@ -87,7 +87,7 @@ def convert(
     checkpoint, prefix = _read(path, format=format, model=model, names=names, skip_objects=skip_objects)
     chosen = checkpoint.choose(average)
     _check_is_not_read(checkpoint, output)
-    if "names" in checkpoint.missing and not layout.is_positional:
+    if not checkpoint.has_names and not layout.is_positional:
         raise MismatchError(
             f"the tensors in {os.fspath(path)!r} have no names, but positions: give model=, or names= in the order of "
             "model.parameters()"
@@ -106,7 +106,7 @@ def convert(
     given = checkpoint.averages[chosen]
     # Without a name in common they are of another model.
     raw = checkpoint.raw_weights
-    raw = raw if raw is not None and (raw.keys() & given.keys() or "names" in checkpoint.missing) else None
+    raw = raw if raw is not None and (raw.keys() & given.keys() or not checkpoint.has_names) else None
     material = Material(
         checkpoint=checkpoint,
         chosen=chosen,

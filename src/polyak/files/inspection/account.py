@@ -130,6 +130,7 @@ class Account:
         half_life: in updates, of that decay.
         mean_age: of the weights in such an average, likewise.
         profiles: how each average was made, where the file says it.
+        has_names: whether the averages go by names; if not, by positions.
         missing: names that the averages lack.
         notes: what should be known of it.
         others: what else is in it.
@@ -151,6 +152,7 @@ class Account:
     half_life: float | None
     mean_age: float | None
     profiles: tuple[ProfileAccount, ...]
+    has_names: bool
     missing: tuple[str, ...]
     notes: tuple[str, ...]
     others: tuple[Other, ...]

@@ -83,6 +83,7 @@ def inspect(
         half_life=half_life,
         mean_age=mean_age,
         profiles=profiles(found),
+        has_names=found.has_names,
         missing=found.missing,
         notes=(*found.notes, *_other_shapes(sets, raw)),
         others=contents.others(used, known=(*found.counters, "decay")),

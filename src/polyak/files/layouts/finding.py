@@ -46,6 +46,7 @@ class Found:
     counters: dict[str, int | float]
     decay: float | None
     profiles: dict[str, Mapping[str, Any]]
+    has_names: bool
     missing: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -83,12 +84,12 @@ def find_layout(
         parts.notes.append(f"passed over, though the keys speak of averages: {listed(passed_over)}")
     averages = {name or _ALONE: _bare(average, parts.notes) for name, average in parts.averages.items()}
     raw = _bare(parts.raw, parts.notes) if parts.raw else None
-    if raw and averages and not parts.missing:
+    if raw and averages and parts.has_names and not parts.missing:
         averages, raw = _align(averages, raw, parts.notes)
     for average in averages.values():
         tie(average, like=raw or {})
     lacking = {name for average in averages.values() for name in raw or () if name not in average}
-    missing = [*parts.missing, *(name for name in raw or () if name in lacking and "names" not in parts.missing)]
+    missing = [*parts.missing, *(name for name in raw or () if name in lacking and parts.has_names)]
     return Found(
         content=content,
         layout=chosen[0].layout,
@@ -97,6 +98,7 @@ def find_layout(
         counters=parts.counters,
         decay=parts.decay,
         profiles={name or _ALONE: profile for name, profile in parts.profiles.items()},
+        has_names=parts.has_names,
         missing=tuple(dict.fromkeys(missing)),
         notes=tuple(dict.fromkeys(parts.notes)),
     )
@@ -145,6 +147,7 @@ def _merge(found: Sequence[Parts], keys: Sequence[str]) -> Parts:
         merged.counters |= {f"{key}/{name}": count for name, count in parts.counters.items()}
         merged.notes += [note for note in parts.notes if not note.startswith("found under")]
         merged.missing += parts.missing
+        merged.has_names = merged.has_names and parts.has_names
     decays = {parts.decay for parts in found}
     merged.decay = decays.pop() if len(decays) == 1 else None
     return merged
@@ -260,7 +263,7 @@ def _name(parts: Parts, place: Place) -> None:
         known = parts.raw if has_order else {}
         names = positions_to_names([leaf.shape for leaf in leaves], known, place.names)
         if names is None:
-            parts.missing.append("names")
+            parts.has_names = False
             parts.notes.append("its tensors have no names, but positions: give model= or names=")
             return
         parts.averages[name] = dict(zip(names, leaves, strict=True))

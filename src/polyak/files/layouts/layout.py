@@ -25,6 +25,7 @@ class Parts:
     counters: dict[str, int | float] = field(default_factory=dict[str, "int | float"])
     decay: float | None = None
     profiles: dict[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    has_names: bool = True
     missing: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
 
