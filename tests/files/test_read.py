@@ -1,5 +1,7 @@
 """Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
 
+import copy
+import re
 import warnings
 
 import pytest
@@ -132,7 +134,7 @@ class TestWhichLayout:
         path = save(tmp_path, {"state_dict": weights, "state_dict_ema": weights, "ema_state": weights})
         with pytest.raises(
             polyak.FileFormatError,
-            match=r"checkpoint.pth' could be of several formats: 'timm' and 'd2go'. Choose one by format=",
+            match=r"checkpoint.pth' could be of several formats: 'timm' and 'd2go'; choose one by format=",
         ):
             polyak.read(path)
         assert polyak.read(path, format="d2go").format == "d2go"
@@ -201,7 +203,7 @@ class TestWhichLayout:
 
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.files.containers import open_content
-        from polyak.files.layouts.finding import find_layout
+        from polyak.files.layouts.examination import find_layout
         from polyak.files.layouts.layout import Layout
 
         row = Layout(
@@ -231,12 +233,46 @@ class TestWhichLayout:
             polyak.read(path)
 
 
+class TestUpdates:
+    def test_each_counter_of_updates_is_among_the_counters(self):
+        for layout in LAYOUTS:
+            names = {re.split(r"[/.]", counter)[-1] for counter in layout.counters}
+            names |= set(layout.about) | set(re.findall(r"\?P<(\w+)>", layout.file or ""))
+            assert layout.updates is None or layout.updates in names
+            assert layout.updates is not None or not (layout.begins_with_copy or layout.warms_up)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("swa.pth", {"n_averaged": 0}),
+            ("ema.pt", {"initted": torch.tensor(False), "step": 0}),
+            ("last-EMA.ckpt", {"optimizer_states": [{"ema": [], "current_step": 0}]}),
+        ],
+    )
+    def test_an_average_without_updates_is_noted(self, tmp_path, name, content, count):
+        path = {"swa.pth": "module.", "ema.pt": "ema_model."}.get(name, "")
+        weights = {f"{path}weight": torch.ones(2)}
+        content = copy.deepcopy(content)
+        if name == "last-EMA.ckpt":
+            content["optimizer_states"][0]["current_step"] = count
+            content["state_dict"] = weights
+        else:
+            counter = list(content)[-1]
+            content |= {counter: torch.tensor(count), **weights}
+        checkpoint = polyak.read(save(tmp_path, content, name))
+        assert ("nothing was averaged yet when it was saved" in checkpoint.notes) == (count == 0)
+
+
 class TestNames:
     def test_positions_need_names(self):
         checkpoint = polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"])
         assert (checkpoint.has_names, checkpoint.missing) == (False, ())
         assert sorted(checkpoint.average, key=int) == [str(place) for place in range(len(checkpoint.average))]
-        assert "its tensors have no names, but positions: give model= or names=" in checkpoint.notes
+        assert (
+            "its tensors have no names, but positions; give model=, or names= in the order of model.parameters()"
+            in (checkpoint.notes)
+        )
 
     @pytest.mark.protects
     def test_a_weight_may_be_called_names(self, tmp_path, weights):
@@ -258,7 +294,7 @@ class TestNames:
             match=r"checkpoint.pth' has 2 tensors without names, and there are 1 names for them: 'a'. Give the",
         ):
             polyak.read(save(tmp_path, content), names=["a"])
-        with pytest.raises(polyak.MismatchError, match="names= has 'a' more than once"):
+        with pytest.raises(polyak.MismatchError, match="the names have 'a' more than once"):
             polyak.read(save(tmp_path, content), names=["a", "a"])
         with pytest.raises(TypeError, match="names: a list of names of parameters is needed"):
             polyak.read(save(tmp_path, content), names="ab")

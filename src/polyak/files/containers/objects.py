@@ -120,9 +120,8 @@ def find(name: str, *, skip_objects: bool) -> Name:
     if skip_objects or any(name == known or (known[-1] == "." and name.startswith(known)) for known in _RECORDS):
         return Name(name, _record(name))
     raise FileFormatError(
-        f"holds the object {name}, whose loading could run code, and is not read. skip_objects=True reads the tensors "
-        "and plain values around it, and nothing runs; run_pickled_code=True runs the code, if you trust whoever wrote "
-        "the file"
+        f"holds the object {name}, whose loading could run code, and is not read",
+        needs=("skip_objects", "run_pickled_code"),
     )
 
 

@@ -38,7 +38,7 @@ def open_content(path: str | os.PathLike[str], *, skip_objects: bool = False) ->
     try:
         return _open(target, skip_objects)
     except FileFormatError as error:
-        raise FileFormatError(f"{os.fspath(path)!r} {error}") from error.__cause__
+        raise error.inside(repr(os.fspath(path))) from error.__cause__
     except OSError as error:
         # What a damaged file leads zipfile to has no number; what the system says has one.
         if error.errno is not None and error.filename is not None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from polyak.files.containers import Verification
+from polyak.files.layouts import Note
 
 _MAX_INTEGER = 1 << 63
 
@@ -154,7 +155,7 @@ class Account:
     profiles: tuple[ProfileAccount, ...]
     has_names: bool
     missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     others: tuple[Other, ...]
     metadata: tuple[str, ...]
     reading: Reading

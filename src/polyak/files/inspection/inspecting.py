@@ -11,7 +11,7 @@ from pathlib import Path
 from polyak.errors import listed
 from polyak.files.containers import Leaf, leaves_of
 from polyak.files.containers import verify as verify_files
-from polyak.files.layouts import Found
+from polyak.files.layouts import Found, Note
 
 from .account import Account, Reading, WeightSet
 from .comparing import is_looked_at, look, rows
@@ -55,7 +55,7 @@ def inspect(
     """
     content = found.content
     raw = _free_name(found.averages)
-    sets: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw is not None else {})}
+    sets: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw else {})}
     used = [leaf for tensors in sets.values() for leaf in tensors.values()]
     contents = Contents(content.tree)
     compared = rows(sets)
@@ -145,7 +145,7 @@ def _set(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path,
     )
 
 
-def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]:
+def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[Note]:
     given = sets.get(raw, {})
     differ = [
         name
@@ -154,4 +154,5 @@ def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]
         for name, leaf in tensors.items()
         if name in given and given[name].shape != leaf.shape
     ]
-    return [f"of another shape in the raw weights, and not compared: {listed(dict.fromkeys(differ))}"] if differ else []
+    text = f"of another shape in the raw weights, and not compared: {listed(dict.fromkeys(differ))}"
+    return [Note(text)] if differ else []

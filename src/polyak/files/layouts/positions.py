@@ -1,13 +1,14 @@
-"""Names for tensors that a file holds without any: by their order, once it is certain."""
+"""Tensors by their order: names for those that a file holds without any, and whether an average is the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from polyak.errors import MismatchError, listed
-from polyak.files.containers import Leaf
+from polyak.files.containers import ITEM_SIZES, Leaf, Stored
 
 Shape = tuple[int, ...]
+_CHUNK = 1 << 20
 _BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -54,3 +55,36 @@ def _parameters(raw: Mapping[str, Leaf]) -> dict[str, Leaf]:
             found[name] = leaf
             seen.add(leaf)
     return found
+
+
+def in_order(by_position: Mapping[str, Leaf]) -> list[Leaf]:
+    """The tensors of a list."""
+    return [by_position[position] for position in sorted(by_position, key=int)]
+
+
+def stands_in(average: Iterable[Leaf], weights: Iterable[Leaf]) -> bool:
+    """Whether all tensors of an average are among the weights, bit for bit and in the same order.
+
+    Reads until one is not, which in a model that was trained since is the first.
+    """
+    rest = iter(weights)
+    return all(any(_is_same(one, other) for other in rest) for one in average)
+
+
+def _is_same(one: Leaf, other: Leaf) -> bool:
+    if not (isinstance(one, Stored) and isinstance(other, Stored)):
+        return False
+    if (one.dtype, one.shape, one.stride) != (other.dtype, other.shape, other.stride):
+        return False
+    size = ITEM_SIZES[one.dtype]
+    last = sum((count - 1) * step for count, step in zip(one.shape, one.stride, strict=True))
+    left = (1 + last) * size if one.num_bytes else 0
+    with one.span.path.open("rb") as first, other.span.path.open("rb") as second:
+        first.seek(one.span.offset + one.start * size)
+        second.seek(other.span.offset + other.start * size)
+        while left > 0:
+            count = min(left, _CHUNK)
+            if first.read(count) != second.read(count):
+                return False
+            left -= count
+    return True
