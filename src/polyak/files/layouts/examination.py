@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from polyak.errors import FileFormatError, MismatchError, PolyakError, listed
-from polyak.files.containers import Content, Leaf, Record, Stored, damaged, open_content
+from polyak.files.containers import Content, Leaf, Reader, Record, Stored, damaged, open_content
+from polyak.files.dtypes import DTYPES
 from polyak.names import canonical, parts_around
 
 from .choice import Candidate, choose, file_groups
@@ -23,15 +24,6 @@ from .positions import in_order, positions_to_names, stands_in
 from .table import LAYOUTS, formats
 
 _ALONE = "average"
-_NUMBERS = {
-    "int64": "<q",
-    "int32": "<i",
-    "float32": "<f",
-    "float64": "<d",
-    "float16": "<e",
-    "bool": "<?",
-    "uint8": "<B",
-}
 _FROM_NAME = ("average", "decay", "stem")
 
 
@@ -253,13 +245,12 @@ def _decay(layout: Layout, place: Place, groups: Mapping[str, str | None]) -> fl
 
 
 def _number(value: object) -> int | float | None:
-    """A number, or that of a tensor which holds just one; what is none of these counts nothing."""
-    if isinstance(value, Stored) and value.shape in ((), (1,)) and value.dtype in _NUMBERS:
-        form = _NUMBERS[value.dtype]
-        size = struct.calcsize(form)
-        with value.span.path.open("rb") as file:
-            file.seek(value.span.offset + value.start * size)
-            return struct.unpack(form, file.read(size))[0]
+    """A number, or the value of a tensor that has just one; None otherwise."""
+    if isinstance(value, Stored) and value.shape in ((), (1,)):
+        form = DTYPES[value.dtype].struct
+        if form is not None:
+            with Reader() as reader:
+                return struct.unpack(f"<{form}", reader.bytes(value))[0]
     return value if isinstance(value, (int, float)) else None
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from polyak.errors import MismatchError, listed
-from polyak.files.containers import ITEM_SIZES, Leaf, Stored
+from polyak.files.containers import Leaf, Reader, Stored
+from polyak.files.dtypes import DTYPES
 
 Shape = tuple[int, ...]
-_CHUNK = 1 << 20
 _BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 
 
@@ -50,7 +50,7 @@ def _parameters(raw: Mapping[str, Leaf]) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     seen: set[Leaf] = set()
     for name, leaf in raw.items():
-        is_buffer = name.rpartition(".")[2] in _BUFFERS or not leaf.dtype.startswith(("float", "bfloat", "complex"))
+        is_buffer = name.rpartition(".")[2] in _BUFFERS or not DTYPES[leaf.dtype].is_inexact
         if not is_buffer and leaf not in seen:
             found[name] = leaf
             seen.add(leaf)
@@ -68,23 +68,13 @@ def stands_in(average: Iterable[Leaf], weights: Iterable[Leaf]) -> bool:
     Reads until one is not, which in a model that was trained since is the first.
     """
     rest = iter(weights)
-    return all(any(_is_same(one, other) for other in rest) for one in average)
+    with Reader(in_order=True) as reader:
+        return all(any(_is_same(one, other, reader) for other in rest) for one in average)
 
 
-def _is_same(one: Leaf, other: Leaf) -> bool:
+def _is_same(one: Leaf, other: Leaf, reader: Reader) -> bool:
     if not (isinstance(one, Stored) and isinstance(other, Stored)):
         return False
     if (one.dtype, one.shape, one.stride) != (other.dtype, other.shape, other.stride):
         return False
-    size = ITEM_SIZES[one.dtype]
-    last = sum((count - 1) * step for count, step in zip(one.shape, one.stride, strict=True))
-    left = (1 + last) * size if one.num_bytes else 0
-    with one.span.path.open("rb") as first, other.span.path.open("rb") as second:
-        first.seek(one.span.offset + one.start * size)
-        second.seek(other.span.offset + other.start * size)
-        while left > 0:
-            count = min(left, _CHUNK)
-            if first.read(count) != second.read(count):
-                return False
-            left -= count
-    return True
+    return all(ours == theirs for ours, theirs in zip(reader.stretches(one), reader.stretches(other), strict=True))

@@ -13,7 +13,7 @@ from polyak.errors import FileFormatError
 from .archive import is_archive, is_legacy, read_archive, read_legacy
 from .distributed import INDEX, read_distributed
 from .folder import CONFIGURATION, read_indexed, read_json_inside, weights_file
-from .safetensors_file import is_safetensors, read_safetensors
+from .safetensors_header import is_safetensors, read_safetensors
 from .stored import Content, Record, Stored
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
