@@ -1,6 +1,7 @@
 """Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -231,6 +232,43 @@ class TestWhichLayout:
         }
         with pytest.raises(polyak.FileFormatError, match="of no known format"):
             polyak.read(path)
+
+
+class TestNeeds:
+    """What would help is data: the library and the command line each say it in their words."""
+
+    def test_an_error(self, tmp_path, weights):
+        path = save(
+            tmp_path, {"state_dict_ema": weights, "ema_state": weights, "model": weights, "state_dict": weights}
+        )
+        with pytest.raises(polyak.FileFormatError) as raised:
+            polyak.read(path)
+        for error in (raised.value, pickle.loads(pickle.dumps(raised.value)), raised.value.inside("it")):
+            assert error.needs == ("format",)
+            assert str(error) == f"{error.text}; choose one by format="
+            assert "format=" not in error.text
+
+    def test_an_argument(self, tmp_path, weights):
+        with pytest.raises(polyak.FileFormatError) as raised:
+            polyak.read(save(tmp_path, weights), format="tim")
+        assert (raised.value.argument, raised.value.text[:18]) == ("format", "'tim' is unknown; ")
+
+    def test_a_note(self):
+        (note,) = [one for one in polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"]).notes if one.needs]
+        for each in (note, copy.deepcopy(note)):
+            assert (each.text, each.needs) == ("its tensors have no names, but positions", ("model", "names"))
+            assert each == f"{each.text}; give model=, or names= in the order of model.parameters()"
+
+    @pytest.mark.protects
+    def test_several_keys(self, tmp_path, weights):
+        content = {"a": {"n_averaged": 0}, "b": {"n_averaged": 0}}
+        for averaged in content.values():
+            averaged |= {f"module.{name}": tensor for name, tensor in weights.items()}
+        checkpoint = polyak.read(save(tmp_path, content))
+        assert checkpoint.averages.keys() == {"a", "b"}
+        assert checkpoint.notes == ("nothing was averaged yet when it was saved",)
+        del content["b"]
+        assert "found under 'a'" in polyak.read(save(tmp_path, content)).notes
 
 
 class TestUpdates:

@@ -102,7 +102,7 @@ def test_two_threads_use_one_reader(num_files, tmp_path):
         except BaseException as error:
             wrong.append(error)
 
-    everything = [*range(num_files)] * (128 // num_files)
+    everything = [*range(num_files)] * (512 // num_files)
     with Reader() as reader:
         threads = [threading.Thread(target=read, args=(order,)) for order in (everything, everything[::-1])]
         for thread in threads:

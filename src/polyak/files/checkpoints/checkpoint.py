@@ -115,6 +115,9 @@ class Checkpoint:
         raw: Mapping[str, Tensor] = self.raw_weights or {}
         return {**raw, **chosen} if raw.keys() & chosen.keys() else dict(chosen)
 
+    def __repr__(self) -> str:
+        return f"<Checkpoint {str(self.path)!r}: {self.format}>"
+
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.format}"]
         lines += [f"  average {name!r}: {tensors!r}" for name, tensors in self.averages.items()]
