@@ -26,8 +26,8 @@ FLOORS = [
     ["average", "model_ema", "offline"],
     ["lightning", "transformers", "timm", "plots", "cli"],
 ]
-FILES = ["containers", "layouts", "inspection", "writing", "checkpoints", "conversion"]
-WITHOUT_TORCH = ["errors", "names", "profiles", *(f"files/{package}" for package in FILES[:3])]
+FILES = ["dtypes", "containers", "layouts", "inspection", "writing", "checkpoints", "conversion"]
+WITHOUT_TORCH = ["errors", "names", "profiles", *(f"files/{package}" for package in FILES[:4])]
 SOURCE = Path(polyak.__file__).parent
 PATHS = sorted(set(SOURCE.rglob("*.py")) - {SOURCE / "__init__.py"})
 
@@ -178,8 +178,8 @@ def test_help_shows_the_public_names():
 
 def test_files_are_looked_at_without_torch():
     code = (
-        "import sys, polyak.files.layouts, polyak.files.containers; print('numpy' in sys.modules);"
-        "import polyak.files.inspection; print('torch' in sys.modules)"
+        "import sys, polyak.files.dtypes, polyak.files.layouts, polyak.files.containers, polyak.files.inspection;"
+        "print('numpy' in sys.modules, 'torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False", "False"]

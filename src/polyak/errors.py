@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 _MAX_LISTED = 8
 _INSIDE = ("polyak", "contextlib")
+# How to give what is needed, if "give argument=" does not say it.
+_ADVICE: Mapping[tuple[str, ...], str] = {
+    ("average",): "choose one by average=, or of .averages",
+    ("decay",): "give decay= for another",
+    ("format",): "choose one by format=",
+    ("model", "names"): "give model=, or names= in the order of model.parameters()",
+    ("skip_objects", "run_pickled_code"): "skip_objects=True reads the tensors and plain values around it, and nothing "
+    "runs; run_pickled_code=True runs the code, if you trust whoever wrote the file",
+}
 
 
 class PolyakError(ValueError):
-    """The base of polyak's own errors."""
+    """The base of polyak's own errors.
+
+    Args:
+        text: what happened, and what was expected.
+        needs: the arguments that would help. The library and the command line each say how to give them.
+        argument: the argument that is wrong; the text begins with its value.
+    """
+
+    def __init__(self, text: str = "", *, needs: tuple[str, ...] = (), argument: str | None = None) -> None:
+        super().__init__(text)
+        self.text = text
+        self.needs = needs
+        self.argument = argument
+
+    def __str__(self) -> str:
+        return with_advice(self.text if self.argument is None else f"{self.argument}={self.text}", self.needs)
+
+    def inside(self, what: str) -> PolyakError:
+        """The same error as part of something, whose name comes first."""
+        return type(self)(f"{what} {self.text}", needs=self.needs)
 
 
 class MismatchError(PolyakError):
@@ -39,6 +67,17 @@ def listed(items: Iterable[object], *, quoted: bool = True) -> str:
     texts = [repr(item) if quoted else str(item) for item in items]
     text = ", ".join(texts[:_MAX_LISTED])
     return text if len(texts) <= _MAX_LISTED else f"{text} and {len(texts) - _MAX_LISTED} more"
+
+
+def with_advice(text: str, needs: tuple[str, ...]) -> str:
+    """What happened, and how a user of the library gives what is needed.
+
+    Example:
+        >>> with_advice("it has no configuration", ("config",))
+        'it has no configuration; give config='
+    """
+    advice = _ADVICE.get(needs, f"give {' or '.join(f'{need}=' for need in needs)}")
+    return f"{text}; {advice}" if needs else text
 
 
 def outside() -> int:

@@ -70,7 +70,7 @@ def test_names(command, as_json, tmp_path):
     [
         (["--to", "keras"], "--to 'keras' is unknown; there are safetensors, plain, huggingface, timm"),
         (["--to", "safetensors"], "--to 'safetensors' writes a file of safetensors; name it .safetensors"),
-        (["--to", "torch-ema"], "in what order: give --names in the order of model.parameters()"),
+        (["--to", "torch-ema"], "in what order; give --names in the order of model.parameters()"),
         (["--to", "plain", "--dtype", "half a float"], "'half a float' is no dtype; take bfloat16"),
         (["--to", "plain", "--dtype", "int8"], "floating-point tensors cannot be cast to torch.int8"),
         (["--to", "plain", "--average", "long"], "--average 'long' is not in"),

@@ -118,7 +118,7 @@ class TestPrinted:
 
     def test_names_from_a_file(self, polyak, tmp_path):
         torch.save({"shadow_params": [torch.ones(2), torch.ones(3)], "num_updates": 1, "decay": 0.9}, tmp_path / "x.pt")
-        assert "positions: give --names" in polyak("inspect", tmp_path / "x.pt")[1]
+        assert "positions; give --names" in polyak("inspect", tmp_path / "x.pt")[1]
         for text in ('["a", "b"]', "a\nb\n"):
             (tmp_path / "names").write_text(text)
             code, out, _ = polyak("inspect", "--names", tmp_path / "names", tmp_path / "x.pt")

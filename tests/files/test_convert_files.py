@@ -279,7 +279,9 @@ def test_a_configuration_goes_along(tmp_path):
 
 def test_an_adapter_is_no_model(tmp_path):
     folder = library_files.FILES / "peft" / library_files.case("peft")[0]["path"]
-    with pytest.raises(polyak.FileFormatError, match="is an adapter, and its base is not in it: to='safetensors'"):
+    with pytest.raises(
+        polyak.FileFormatError, match="is an adapter, and its base is not in it; convert it to 'safetensors'"
+    ):
         polyak.convert(folder, tmp_path / "out", to="huggingface")
 
 
@@ -291,14 +293,14 @@ class TestRefused:
             (
                 {"to": "safetensors"},
                 ValueError,
-                r"out.pth': to='safetensors' writes a file of safetensors; name it .safetensors",
+                r"to='safetensors' writes a file of safetensors; name it .safetensors .*out.pth'",
             ),
-            ({"to": "diffusers"}, ValueError, r"out.pth': to='diffusers' writes a folder; do not name it .pth"),
+            ({"to": "diffusers"}, ValueError, r"to='diffusers' writes a folder; do not name it .pth .*out.pth'"),
             ({"to": "torch-ema"}, polyak.MismatchError, r"9 names in .*last.pth.tar' do not tell which are parameters"),
             (
                 {"to": "torch-ema", "names": ["0.weight", "x"]},
                 polyak.MismatchError,
-                r"last.pth.tar' has no 'x': give names= of what it averages",
+                r"last.pth.tar' has no 'x'; the names must be those of what it averages",
             ),
             ({"to": "plain", "dtype": torch.int8}, ValueError, r"floating-point tensors cannot be cast to torch.int8"),
             ({"to": "plain", "dtype": "bfloat16"}, TypeError, r"dtype='bfloat16': a torch.dtype is needed"),
@@ -343,7 +345,7 @@ class TestRefused:
 
     def test_a_name_twice(self, tmp_path):
         case = cases.timm(tmp_path)
-        with pytest.raises(polyak.MismatchError, match=r"names= has '0.weight' more than once"):
+        with pytest.raises(polyak.MismatchError, match=r"the names have '0.weight' more than once"):
             polyak.convert(case.path, tmp_path / "out.pth", to="torch-ema", names=["0.weight", "0.weight"])
         assert contents(tmp_path) == ["last.pth.tar"]
 
@@ -372,9 +374,17 @@ class TestRefused:
     def test_positions_without_names(self, tmp_path):
         case = cases.torch_ema(tmp_path)
         with pytest.raises(
-            polyak.MismatchError, match=r"shadow.pt' have no names, but positions: give model=, or names="
+            polyak.MismatchError, match=r"shadow.pt' have no names, but positions; give model=, or names="
         ):
             polyak.convert(case.path, tmp_path / "out.pth", to="plain")
+
+    @pytest.mark.protects
+    def test_a_weight_called_names_is_no_lack_of_names(self, tmp_path):
+        average, names = {"weight": torch.ones(2)}, torch.zeros(3)
+        torch.save({"state_dict_ema": average, "state_dict": {**average, "names": names}}, tmp_path / "in.pth")
+        done = polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to="plain")
+        assert done.notes[0] == "not averaged, and as in the raw weights: 'names'"
+        assert torch.load(tmp_path / "out.pth").keys() == {"weight", "names"}
 
     def test_diffusers_without_a_configuration(self, tmp_path):
         case = cases.timm(tmp_path)

@@ -12,6 +12,7 @@ import zoo
 from library_files import CASES, FILES, case
 from polyak.cli.convert import convert
 from polyak.files.conversion import WRITTEN
+from polyak.files.layouts import LAYOUTS
 
 # What is no parameter of the models in these files, or the second name of one.
 NO_PARAMETERS = ("running_mean", "running_var", "middle.1.weight")
@@ -41,6 +42,10 @@ def test_no_tensor_changes_on_the_way(name, to, tmp_path):
         assert zoo.bit_equal(dict(found.average), expected)
         if output.is_dir():
             break
+
+
+def test_the_table_of_layouts_says_what_can_be_written():
+    assert {name for layout in LAYOUTS for name in layout.written} == WRITTEN.keys() == cases.TARGETS.keys()
 
 
 def test_the_help_and_the_docstring_have_each_layout():

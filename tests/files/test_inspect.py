@@ -12,15 +12,17 @@ from torch import nn
 
 import polyak
 from library_files import CASES, FILES
-from polyak.files.containers import Between, Pieced, Span, Stored
+from polyak.files.containers import Between, Pieced, Reader, Span, Stored, all_regions, flattened, sizes, spread_regions
+from polyak.files.containers.reader import decode, raw_type
+from polyak.files.containers.regions import whole
 from polyak.files.containers.stored import dense_stride
+from polyak.files.dtypes import DTYPES
 from polyak.files.inspection import inspect, plain
-from polyak.files.inspection.decoding import DTYPES, decode, raw_type
-from polyak.files.inspection.reading import Files
-from polyak.files.inspection.regions import all_regions, flattened, sizes, spread_regions, whole
 from polyak.files.layouts import examine
 
-DTYPES_OF_TORCH = {name: getattr(torch, name) for name in DTYPES if hasattr(torch, name)}
+DTYPES_OF_TORCH = {
+    name: getattr(torch, name) for name, dtype in DTYPES.items() if dtype.is_inexact and hasattr(torch, name)
+}
 
 
 def save(path, raw, average, **others):
@@ -232,12 +234,12 @@ class TestReading:
         numbers.tofile(tmp_path / "x")
         top, bottom = (Stored("float32", (2, 4), (4, 1), start, Span(tmp_path / "x", 0, 96)) for start in (0, 8))
         pieced = Pieced("float32", (4, 4), (((2, 0), bottom), ((0, 0), top)))
-        with Files() as files:
-            assert files.numbers(pieced, whole((4, 4))).tolist() == numbers[:16].reshape(4, 4).tolist()
-            assert files.numbers(pieced, ((1, 3), (1, 2))).tolist() == [[5.0], [9.0]]
+        with Reader() as reader:
+            assert reader.array(pieced, whole((4, 4))).tolist() == numbers[:16].reshape(4, 4).tolist()
+            assert reader.array(pieced, ((1, 3), (1, 2))).tolist() == [[5.0], [9.0]]
             between = Between(top, bottom, 0.25)
-            assert files.numbers(between, ((0, 1), (0, 4))).tolist() == [[2.0, 3.0, 4.0, 5.0]]
-            assert files.numbers(flattened([between])[0], ((1, 3),)).tolist() == [3.0, 4.0]
+            assert reader.array(between, ((0, 1), (0, 4))).tolist() == [[2.0, 3.0, 4.0, 5.0]]
+            assert reader.array(flattened([between])[0], ((1, 3),)).tolist() == [3.0, 4.0]
         assert len(list(all_regions([pieced], 4))) == 4
 
     def test_a_file_that_has_become_shorter(self, tmp_path):

@@ -1,5 +1,8 @@
 """Files that real libraries wrote, against what these libraries held in memory when they wrote them."""
 
+import copy
+import pickle
+import re
 import warnings
 
 import pytest
@@ -132,7 +135,7 @@ class TestWhichLayout:
         path = save(tmp_path, {"state_dict": weights, "state_dict_ema": weights, "ema_state": weights})
         with pytest.raises(
             polyak.FileFormatError,
-            match=r"checkpoint.pth' could be of several formats: 'timm' and 'd2go'. Choose one by format=",
+            match=r"checkpoint.pth' could be of several formats: 'timm' and 'd2go'; choose one by format=",
         ):
             polyak.read(path)
         assert polyak.read(path, format="d2go").format == "d2go"
@@ -201,7 +204,7 @@ class TestWhichLayout:
 
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.files.containers import open_content
-        from polyak.files.layouts.finding import find_layout
+        from polyak.files.layouts.examination import find_layout
         from polyak.files.layouts.layout import Layout
 
         row = Layout(
@@ -231,12 +234,96 @@ class TestWhichLayout:
             polyak.read(path)
 
 
+class TestNeeds:
+    """What would help is data: the library and the command line each say it in their words."""
+
+    def test_an_error(self, tmp_path, weights):
+        path = save(
+            tmp_path, {"state_dict_ema": weights, "ema_state": weights, "model": weights, "state_dict": weights}
+        )
+        with pytest.raises(polyak.FileFormatError) as raised:
+            polyak.read(path)
+        for error in (raised.value, pickle.loads(pickle.dumps(raised.value)), raised.value.inside("it")):
+            assert error.needs == ("format",)
+            assert str(error) == f"{error.text}; choose one by format="
+            assert "format=" not in error.text
+
+    def test_an_argument(self, tmp_path, weights):
+        with pytest.raises(polyak.FileFormatError) as raised:
+            polyak.read(save(tmp_path, weights), format="tim")
+        assert (raised.value.argument, raised.value.text[:18]) == ("format", "'tim' is unknown; ")
+
+    def test_a_note(self):
+        (note,) = [one for one in polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"]).notes if one.needs]
+        for each in (note, copy.deepcopy(note)):
+            assert (each.text, each.needs) == ("its tensors have no names, but positions", ("model", "names"))
+            assert each == f"{each.text}; give model=, or names= in the order of model.parameters()"
+
+    @pytest.mark.protects
+    def test_several_keys(self, tmp_path, weights):
+        content = {"a": {"n_averaged": 0}, "b": {"n_averaged": 0}}
+        for averaged in content.values():
+            averaged |= {f"module.{name}": tensor for name, tensor in weights.items()}
+        checkpoint = polyak.read(save(tmp_path, content))
+        assert checkpoint.averages.keys() == {"a", "b"}
+        assert checkpoint.notes == ("nothing was averaged yet when it was saved",)
+        del content["b"]
+        assert "found under 'a'" in polyak.read(save(tmp_path, content)).notes
+
+
+class TestUpdates:
+    def test_each_counter_of_updates_is_among_the_counters(self):
+        for layout in LAYOUTS:
+            names = {re.split(r"[/.]", counter)[-1] for counter in layout.counters}
+            names |= set(layout.about) | set(re.findall(r"\?P<(\w+)>", layout.file or ""))
+            assert layout.updates is None or layout.updates in names
+            assert layout.updates is not None or not (layout.begins_with_copy or layout.warms_up)
+
+    @pytest.mark.parametrize("count", [0, 1])
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("swa.pth", {"n_averaged": 0}),
+            ("ema.pt", {"initted": torch.tensor(False), "step": 0}),
+            ("last-EMA.ckpt", {"optimizer_states": [{"ema": [], "current_step": 0}]}),
+        ],
+    )
+    def test_an_average_without_updates_is_noted(self, tmp_path, name, content, count):
+        path = {"swa.pth": "module.", "ema.pt": "ema_model."}.get(name, "")
+        weights = {f"{path}weight": torch.ones(2)}
+        content = copy.deepcopy(content)
+        if name == "last-EMA.ckpt":
+            content["optimizer_states"][0]["current_step"] = count
+            content["state_dict"] = weights
+        else:
+            counter = list(content)[-1]
+            content |= {counter: torch.tensor(count), **weights}
+        checkpoint = polyak.read(save(tmp_path, content, name))
+        assert ("nothing was averaged yet when it was saved" in checkpoint.notes) == (count == 0)
+
+
 class TestNames:
     def test_positions_need_names(self):
         checkpoint = polyak.read(FILES / "torch-ema" / case("torch-ema")[0]["path"])
-        assert checkpoint.missing == ("names",)
+        assert (checkpoint.has_names, checkpoint.missing) == (False, ())
         assert sorted(checkpoint.average, key=int) == [str(place) for place in range(len(checkpoint.average))]
-        assert "its tensors have no names, but positions: give model= or names=" in checkpoint.notes
+        assert (
+            "its tensors have no names, but positions; give model=, or names= in the order of model.parameters()"
+            in (checkpoint.notes)
+        )
+
+    @pytest.mark.protects
+    def test_a_weight_may_be_called_names(self, tmp_path, weights):
+        path = save(tmp_path, {"state_dict_ema": weights, "state_dict": {**weights, "names": torch.ones(3)}})
+        checkpoint = polyak.read(path)
+        assert (checkpoint.has_names, checkpoint.missing) == (True, ("names",))
+        model = torch.nn.Sequential()
+        model.layer = torch.nn.Linear(3, 2)
+        model.names = torch.nn.Parameter(torch.ones(3))
+        assert polyak.read(path, model=model).missing == ("names",)
+        model.names = torch.nn.Parameter(torch.ones(2))
+        with pytest.raises(polyak.MismatchError, match=r"'names' of what was trained in .* is \(3,\), and \(2,\) in"):
+            polyak.read(path, model=model)
 
     def test_as_many_names_as_tensors(self, tmp_path):
         content = {"decay": 0.9, "num_updates": 3, "shadow_params": [torch.ones(1)] * 2, "collected_params": None}
@@ -245,7 +332,7 @@ class TestNames:
             match=r"checkpoint.pth' has 2 tensors without names, and there are 1 names for them: 'a'. Give the",
         ):
             polyak.read(save(tmp_path, content), names=["a"])
-        with pytest.raises(polyak.MismatchError, match="names= has 'a' more than once"):
+        with pytest.raises(polyak.MismatchError, match="the names have 'a' more than once"):
             polyak.read(save(tmp_path, content), names=["a", "a"])
         with pytest.raises(TypeError, match="names: a list of names of parameters is needed"):
             polyak.read(save(tmp_path, content), names="ab")

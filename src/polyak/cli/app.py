@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from polyak.errors import PolyakError
-
 from .convert import convert
 from .inspect import inspect
 from .text import as_options, inert
@@ -55,25 +53,25 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")
     code: str | int | None = 0
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except SystemExit as end:
         code = end.code
-    except BrokenPipeError:
-        code = _CLOSED
-    except OSError as error:
-        what = error.strerror if error.strerror else str(error)
-        code = _fail(f"{os.fspath(error.filename)!r}: {what}" if error.filename else what)
-    except PolyakError as error:
-        code = _fail(str(error))
-    try:
-        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read it has enough. What is left must not be written when Python ends, either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _CLOSED
+    except OSError as error:
+        what = error.strerror if error.strerror else str(error)
+        code = _fail(f"{os.fspath(error.filename)!r}: {what}" if error.filename else what)
+    # Of an argument, or of a number that is too large for a dtype.
+    except ValueError as error:
+        code = _fail(as_options(error))
     sys.exit(code)
 
 
 def _fail(what: str) -> int:
-    sys.stderr.write(f"polyak: {inert(as_options(what), limit=_MAX_ERROR)}\n")
+    sys.stderr.write(f"polyak: {inert(what, limit=_MAX_ERROR)}\n")
     return 2

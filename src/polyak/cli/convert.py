@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from polyak.errors import PolyakError
-
 from .options import Format, Names, SkipObjects, read_names
 from .text import as_options, inert
 
@@ -66,26 +64,20 @@ def convert(
     chosen = getattr(torch, dtype.removeprefix("torch."), None) if dtype is not None else None
     if dtype is not None and not isinstance(chosen, torch.dtype):
         raise typer.BadParameter(f"{dtype!r} is no dtype; take bfloat16, float16 or float32", param_hint="--dtype")
-    try:
-        done = convert_file(
-            input,
-            output,
-            to=to,
-            average=average,
-            dtype=chosen,
-            decay=decay,
-            names=read_names(names),
-            format=format,
-            config=config,
-            max_shard_bytes=_num_bytes(max_shard_size),
-            skip_objects=skip_objects,
-        )
-    except PolyakError:
-        raise
-    except ValueError as error:
-        raise typer.BadParameter(inert(as_options(str(error)), limit=_MAX_LINE)) from error
-    about, result, *notes = str(done).splitlines()
-    for line in (about, result, *map(as_options, notes)):
+    done = convert_file(
+        input,
+        output,
+        to=to,
+        average=average,
+        dtype=chosen,
+        decay=decay,
+        names=read_names(names),
+        format=format,
+        config=config,
+        max_shard_bytes=_num_bytes(max_shard_size),
+        skip_objects=skip_objects,
+    )
+    for line in (*done.heads, *(f"  {as_options(note)}" for note in done.notes)):
         typer.echo(inert(line, limit=_MAX_LINE))
 
 

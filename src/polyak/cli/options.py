@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias, cast
 import typer
 
 Format: TypeAlias = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The layout of the input, where it shall not be found out.")
+    str | None, typer.Option(metavar="NAME", help="The layout of the input; detected if omitted.")
 ]
 Names: TypeAlias = Annotated[
     Path | None,
@@ -19,7 +19,7 @@ Names: TypeAlias = Annotated[
     ),
 ]
 SkipObjects: TypeAlias = Annotated[
-    bool, typer.Option("--skip-objects", help="Pass over objects of unknown classes. Nothing of them runs.")
+    bool, typer.Option("--skip-objects", help="Skip objects of unknown classes; their code never runs.")
 ]
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Mapping
+
+from polyak.errors import PolyakError
+from polyak.files.layouts import Note
 
 _UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
 _CUT = "..."
-_OPTIONS = {
-    "model= or names=": "--names",
-    "model=, or names=": "--names",
-    "give model=": "give its model to polyak.convert()",
-    "skip_objects=True": "--skip-objects",
-    "run_pickled_code=True": "polyak.read(..., run_pickled_code=True)",
-    "average=, or of .averages": "--average",
-    "average=": "--average",
-    "config=": "--config",
-    "decay=": "--decay",
-    "format=": "--format",
-    "to=": "--to",
-    "names=": "--names",
+# How to give what is needed, if "give --option" does not say it.
+_ADVICE: Mapping[tuple[str, ...], str] = {
+    ("average",): "choose one by --average",
+    ("decay",): "give --decay for another",
+    ("format",): "choose one by --format",
+    ("model",): "give its model to polyak.convert()",
+    ("model", "names"): "give --names in the order of model.parameters()",
+    ("skip_objects", "run_pickled_code"): "--skip-objects reads the tensors and plain values around it, and nothing "
+    "runs; polyak.read(..., run_pickled_code=True) runs the code, if you trust whoever wrote the file",
 }
 
 
@@ -39,20 +38,25 @@ def inert(text: str, *, limit: int = 80) -> str:
     )
 
 
-def as_options(text: str) -> str:
-    """What the library calls arguments, under the names that they have on the command line.
+def as_options(said: Exception | Note) -> str:
+    """What the library says, with its arguments under the names that they have on the command line.
 
     Example:
-        >>> as_options("Choose one by format=")
-        'Choose one by --format'
-        >>> as_options("format='x' is unknown")
+        >>> as_options(PolyakError("it could be of two formats", needs=("format",)))
+        'it could be of two formats; choose one by --format'
+        >>> as_options(PolyakError("'x' is unknown", argument="format"))
         "--format 'x' is unknown"
     """
-    for argument, option in _OPTIONS.items():
-        # A value that follows is a word of its own.
-        written = rf"(?<!\w){re.escape(argument)}"
-        text = re.sub(written, option, re.sub(rf"{written}(?=['\w-])", f"{option} ", text))
-    return text
+    if not isinstance(said, (PolyakError, Note)):
+        return str(said)
+    argument = said.argument if isinstance(said, PolyakError) else None
+    text = said.text if argument is None else f"{_option(argument)} {said.text}"
+    advice = _ADVICE.get(said.needs, f"give {' or '.join(map(_option, said.needs))}")
+    return f"{text}; {advice}" if said.needs else text
+
+
+def _option(argument: str) -> str:
+    return f"--{argument.replace('_', '-')}"
 
 
 def counted(count: int, what: str) -> str:

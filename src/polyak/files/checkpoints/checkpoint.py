@@ -4,42 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
 from torch import Tensor
 
 from polyak.errors import FileFormatError, listed
-from polyak.profiles import Profile
+from polyak.files.layouts import Found, Note
+from polyak.profiles import Profile, profile_from_description
 
-from .tensors import Tensors
+from .tensors import Pages, Tensors
+
+_MAX_PARTS = 1_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, repr=False, eq=False)
 class Checkpoint:
-    """The averages of a checkpoint, whichever library wrote it.
+    """The averages of a checkpoint, whichever library wrote it: what was found, with tensors made on demand."""
 
-    Attributes:
-        path: of the file or folder.
-        format: the layout that it was read by.
-        averages: tensors by the name of the average and the name in the bare model. A single one is called "average".
-        raw_weights: the weights that were trained, where the file has them.
-        counters: numbers that say how far the training was, by the names that the library gives them.
-        decay: of the average, where the file knows it.
-        profiles: of the averages, where the file knows them.
-        missing: names that the raw weights or the model have and an average lacks; or "names", where the file has
-            tensors without names and nobody gave them.
-        notes: what else a user should know of it.
-    """
+    _found: Found
+    _pages: Pages
 
-    path: Path
-    format: str
-    averages: Mapping[str, Tensors]
-    raw_weights: Tensors | None
-    counters: Mapping[str, int | float]
-    decay: float | None
-    profiles: Mapping[str, Profile]
-    missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    @property
+    def path(self) -> Path:
+        """Of the file or folder."""
+        return self._found.content.path
+
+    @property
+    def format(self) -> str:
+        """The layout that it was read by."""
+        return self._found.layout.name
+
+    @cached_property
+    def averages(self) -> Mapping[str, Tensors]:
+        """Tensors by the name of the average and the name in the bare model. A single one is called "average"."""
+        return {name: Tensors(average, self._pages) for name, average in self._found.averages.items()}
+
+    @cached_property
+    def raw_weights(self) -> Tensors | None:
+        """The weights that were trained, if the file has them."""
+        return Tensors(self._found.raw, self._pages) if self._found.raw else None
+
+    @property
+    def counters(self) -> Mapping[str, int | float]:
+        """Numbers that say how far the training was, by the names that the library gives them."""
+        return self._found.counters
+
+    @property
+    def decay(self) -> float | None:
+        """The decay of the average, if the file has it."""
+        return self._found.decay
+
+    @cached_property
+    def profiles(self) -> Mapping[str, Profile]:
+        """The profiles of the averages, if the file has them."""
+        return {name: self._profile(description) for name, description in self._found.profiles.items()}
+
+    @property
+    def has_names(self) -> bool:
+        """Whether the averages go by names; if not, by positions, because the file has no names and none were given."""
+        return self._found.has_names
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names that the raw weights or the model have and an average lacks."""
+        return self._found.missing
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What else a user should know of it, as strings."""
+        return self._found.notes
 
     def choose(self, name: str | None = None) -> str:
         """The name of an average that is there: the given one, or that of the only one.
@@ -47,20 +82,18 @@ class Checkpoint:
         Raises:
             FileFormatError: there is none, or no such one, or there are several and none was given.
         """
-        names = list(self.averages)
+        names, path = list(self.averages), repr(str(self.path))
         if not names:
-            raise FileFormatError(f"{str(self.path)!r} has no average, but only raw weights")
+            raise FileFormatError(f"{path} has no average, but only raw weights")
         if name is not None and name not in names:
-            raise FileFormatError(f"average={name!r} is not in {str(self.path)!r}, which has {listed(names)}")
+            raise FileFormatError(f"{name!r} is not in {path}, which has {listed(names)}", argument="average")
         if name is None and len(names) > 1:
-            raise FileFormatError(
-                f"{str(self.path)!r} has several averages, {listed(names)}; choose one by average=, or of .averages"
-            )
+            raise FileFormatError(f"{path} has several averages, {listed(names)}", needs=("average",))
         return names[0] if name is None else name
 
     @property
     def average(self) -> Tensors:
-        """The average, where there is just one.
+        """The average, if there is just one.
 
         Raises:
             FileFormatError: there is none, or several; take one of `averages`.
@@ -73,7 +106,7 @@ class Checkpoint:
         Raw weights that have no name in common with the average are those of another model, and give nothing.
 
         Args:
-            average: its name; needed where there are several.
+            average: its name; needed if there are several.
 
         Raises:
             FileFormatError: there is none, or no such one, or there are several and none was given.
@@ -81,6 +114,9 @@ class Checkpoint:
         chosen = self.averages[self.choose(average)]
         raw: Mapping[str, Tensor] = self.raw_weights or {}
         return {**raw, **chosen} if raw.keys() & chosen.keys() else dict(chosen)
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint {str(self.path)!r}: {self.format}>"
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.format}"]
@@ -91,3 +127,22 @@ class Checkpoint:
         lines += [f"  profile of {name!r}: {profile}" for name, profile in self.profiles.items()]
         lines += [f"  missing in the average: {listed(self.missing)}"] if self.missing else []
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _profile(self, description: Mapping[str, object]) -> Profile:
+        if not _is_small(description):
+            raise FileFormatError(f"{str(self.path)!r} has a profile that is none")
+        try:
+            return profile_from_description(description)
+        except ValueError as error:
+            raise FileFormatError(f"{str(self.path)!r} has a profile that is none: {error}") from error
+
+
+def _is_small(value: object) -> bool:
+    """Whether a value can be shown in an error: what contains itself, or the same again and again, may have no end."""
+    left, count = [value], 0
+    while left and count < _MAX_PARTS:
+        part, count = left.pop(), count + 1
+        if isinstance(part, (dict, list, tuple)):
+            inner = cast("Any", part)
+            left += inner.values() if isinstance(inner, dict) else inner
+    return not left

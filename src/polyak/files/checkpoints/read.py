@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+import tempfile
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from polyak.errors import FileFormatError, MismatchError, listed
-from polyak.files.containers import Content, Leaf, Record, open_content
-from polyak.files.layouts import Found, examine
+from polyak.files.containers import Content, Leaf, Record, damaged, open_content
+from polyak.files.layouts import Found, Note, examine
 from polyak.model import Site, gather, unwrap, walk
 from polyak.names import parts_around, renaming
-from polyak.profiles import Profile, profile_from_description
 
 from .checkpoint import Checkpoint
-from .run_code import plain_copy
-from .tensors import Pages, Tensors
+from .tensors import Pages
 
-_MAX_PARTS = 1_000
 Shape = tuple[int, ...]
 
 
@@ -40,7 +41,7 @@ def read(
 
     Args:
         path: a file of torch.save or safetensors, or a folder of Hugging Face's form or torch.distributed.checkpoint.
-        format: the layout, where it shall not be found out. `polyak.formats()` lists them.
+        format: the layout; detected if omitted. `polyak.formats()` lists them.
         model: the model. Its parameters' order names the tensors of layouts without names; the averages go by its own
             names, tied ones by each, and are checked against its shapes.
         names: of the parameters that were averaged, in order, where there is no model at hand.
@@ -70,25 +71,52 @@ def read(
         raise ValueError("names= and model= are both given; one of them says what the parameters are called")
     if names is not None and (isinstance(names, str) or {type(name) for name in names} - {str}):
         raise TypeError("names: a list of names of parameters is needed")
-    with plain_copy(path, allowed=run_pickled_code) as target:
+    with _plain_copy(path, allowed=run_pickled_code) as target:
         orders = _orders(model) if model is not None else [list(names)] if names is not None else []
         found = examine(target, format=format, names=orders, skip_objects=skip_objects)
+        found = replace(found, content=replace(found.content, path=Path(path)))
         if model is not None:
             found = _fit(found, model)
         pages = Pages()
         if target != Path(path):
             pages.hold(target)
-    return Checkpoint(
-        path=Path(path),
-        format=found.layout.name,
-        averages={name: Tensors(average, pages) for name, average in found.averages.items()},
-        raw_weights=None if found.raw is None else Tensors(found.raw, pages),
-        counters=found.counters,
-        decay=found.decay,
-        profiles=_profiles(found),
-        missing=found.missing,
-        notes=found.notes,
-    )
+    checkpoint = Checkpoint(found, pages)
+    # A description that is no profile is an error of the file, and not of whoever looks at the profile.
+    _ = checkpoint.profiles
+    return checkpoint
+
+
+@contextmanager
+def _plain_copy(path: str | os.PathLike[str], *, allowed: bool) -> Generator[Path, None, None]:
+    """The file itself; or, where its code may run, a plain copy of what loading it gave, without objects.
+
+    Modules are their `state_dict`s in the copy, and what is neither tensor nor plain value is left out.
+    """
+    if not allowed or not Path(path).is_file():
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory(prefix="polyak-") as folder:
+        try:
+            content: object = torch.load(path, map_location="cpu", weights_only=False)
+        except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise damaged(path, error) from error
+        copy = Path(folder) / Path(path).name
+        torch.save(_plain(content), copy)
+        del content
+        yield copy
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, nn.Module):
+        return {name: part for name, part in value.state_dict().items() if isinstance(part, Tensor)}
+    if isinstance(value, dict):
+        items = cast("dict[object, object]", value).items()
+        return {key: _plain(part) for key, part in items if isinstance(key, (str, int))}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in cast("list[object]", value)]
+    if type(value) is Tensor or type(value) is nn.Parameter:
+        return value.detach()
+    return value if isinstance(value, (bool, int, float, str)) else None
 
 
 def read_dictionary(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -165,7 +193,7 @@ def _fit(found: Found, model: nn.Module) -> Found:
     ties = [[site.name for site in sites if site.persistent] for sites in groups]
 
     parameters = [[site.name for site in sites] for sites in groups if sites[0].is_parameter]
-    notes = list(found.notes)
+    notes: list[Note] = []
 
     def fit(given: Mapping[str, Leaf], what: str) -> dict[str, Leaf]:
         rename = renaming(given, shapes)
@@ -174,7 +202,7 @@ def _fit(found: Found, model: nn.Module) -> Found:
             part = _part(given, shapes, parameters, f"{what} in {str(found.content.path)!r}")
             if part is not None:
                 named = _inside(given, part)
-                notes.append(f"of the part {part[:-1]!r}, which has the model's names and shapes")
+                notes.append(Note(f"of the part {part[:-1]!r}, which has the model's names and shapes"))
         unknown = [name for name in named if name not in shapes]
         if unknown:
             raise MismatchError(
@@ -194,12 +222,11 @@ def _fit(found: Found, model: nn.Module) -> Found:
                 named |= {name: first for name in tied if name not in named}
         return {name: named[name] for name in shapes if name in named}
 
-    if "names" in found.missing:
-        return found
     averages = {name: fit(average, f"average {name!r}") for name, average in found.averages.items()}
-    raw = None if found.raw is None else fit(found.raw, "what was trained")
+    raw = fit(found.raw, "what was trained")
     lacking = [name for name in shapes if any(name not in average for average in averages.values())]
-    return replace(found, averages=averages, raw=raw, missing=tuple(lacking), notes=tuple(dict.fromkeys(notes)))
+    notes = list(dict.fromkeys([*found.notes, *notes]))
+    return replace(found, averages=averages, raw=raw, missing=tuple(lacking), notes=tuple(notes))
 
 
 def _inside(given: Mapping[str, Leaf], part: str) -> dict[str, Leaf]:
@@ -228,26 +255,3 @@ def _part(
             "it without model=, and choose"
         )
     return fitting[0] if fitting else None
-
-
-def _is_small(value: object) -> bool:
-    """Whether a value can be shown in an error: what contains itself, or the same again and again, may have no end."""
-    left, count = [value], 0
-    while left and count < _MAX_PARTS:
-        part, count = left.pop(), count + 1
-        if isinstance(part, (dict, list, tuple)):
-            inner = cast("Any", part)
-            left += inner.values() if isinstance(inner, dict) else inner
-    return not left
-
-
-def _profiles(found: Found) -> dict[str, Profile]:
-    profiles: dict[str, Profile] = {}
-    for name, description in found.profiles.items():
-        if not _is_small(description):
-            raise FileFormatError(f"{str(found.content.path)!r} has a profile that is none")
-        try:
-            profiles[name] = profile_from_description(description)
-        except ValueError as error:
-            raise FileFormatError(f"{str(found.content.path)!r} has a profile that is none: {error}") from error
-    return profiles

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from polyak.errors import FileFormatError
-from polyak.files.containers import ITEM_SIZES, Between, Leaf, Pieced, Span, Stored
+from polyak.files.containers import Between, Leaf, Pieced, Span, Stored
+from polyak.files.dtypes import DTYPES
 
 
 class Pages:
@@ -41,9 +42,10 @@ class Pages:
     def _stored(self, stored: Stored) -> Tensor:
         dtype = _dtype(stored.dtype)
         storage = self._storage(stored.span)
-        if stored.span.offset % ITEM_SIZES[stored.dtype]:
+        size = DTYPES[stored.dtype].num_bytes
+        if stored.span.offset % size:
             storage = storage.clone()
-        usable = stored.span.num_bytes - stored.span.num_bytes % ITEM_SIZES[stored.dtype]
+        usable = stored.span.num_bytes - stored.span.num_bytes % size
         return storage[:usable].view(dtype).as_strided(stored.shape, stored.stride, stored.start)
 
     def _storage(self, span: Span) -> Tensor:

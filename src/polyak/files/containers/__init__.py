@@ -1,12 +1,18 @@
 """How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
 
+from .content import STATES as STATES
+from .content import damaged as damaged
+from .content import open_content as open_content
 from .folder import CONFIGURATION as CONFIGURATION
 from .folder import read_json as read_json
-from .opening import STATES as STATES
-from .opening import damaged as damaged
-from .opening import open_content as open_content
-from .safetensors_file import SAFETENSORS_DTYPES as SAFETENSORS_DTYPES
-from .stored import ITEM_SIZES as ITEM_SIZES
+from .reader import Reader as Reader
+from .reader import wide as wide
+from .regions import Region as Region
+from .regions import all_regions as all_regions
+from .regions import flattened as flattened
+from .regions import item_bytes as item_bytes
+from .regions import sizes as sizes
+from .regions import spread_regions as spread_regions
 from .stored import Between as Between
 from .stored import Content as Content
 from .stored import Leaf as Leaf

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
-from io import BytesIO
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import DTYPES
 
 from .objects import StorageOf, find, storage
 from .pickled import unpickle
-from .stored import ITEM_SIZES, Span
-from .window import Window
+from .stored import Span
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
@@ -58,7 +59,7 @@ def read_archive(path: Path, *, skip_objects: bool, offset: int = 0, num_bytes: 
         if archive.getinfo(f"{root}/data.pkl").CRC not in (0, zlib.crc32(pickled)):
             raise FileFormatError("is damaged: its data.pkl is not what was written, by its checksum")
         return unpickle(
-            BytesIO(pickled), find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent
+            io.BytesIO(pickled), find=lambda name: find(name, skip_objects=skip_objects), persistent=persistent
         )
 
 
@@ -115,7 +116,7 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
         if what != "storage" or type(count) is not int or (views and views[0] is not None):
             raise FileFormatError("has storages that are views of others, as torch kept them before 0.4")
         known = storage(kind, Span(path, 0, 0))
-        num_bytes = count * ITEM_SIZES[known.dtype]
+        num_bytes = count * DTYPES[known.dtype].num_bytes
         if not 0 <= num_bytes <= size:
             raise FileFormatError(f"is damaged: it has {size:,} bytes, and a storage in it {num_bytes:,}")
         return found.get(str(key)) or declared.setdefault(str(key), StorageOf(known.dtype, Span(path, 0, num_bytes)))
@@ -140,7 +141,7 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
             span = declared[key].span
             opened.seek(position)
             (count,) = struct.unpack("<q", opened.read(8))
-            if count * ITEM_SIZES[declared[key].dtype] != span.num_bytes or position + 8 + span.num_bytes > size:
+            if count * DTYPES[declared[key].dtype].num_bytes != span.num_bytes or position + 8 + span.num_bytes > size:
                 raise FileFormatError(f"is damaged: it ends within the storage {key[:40]!r}")
             found[key] = StorageOf(declared[key].dtype, Span(path, position + 8, span.num_bytes))
             position += 8 + span.num_bytes
@@ -149,3 +150,48 @@ def read_legacy(path: Path, *, skip_objects: bool) -> Any:
             raise FileFormatError("is damaged: a storage is missing")
         file.seek(begin)
         return read()
+
+
+class Window(io.RawIOBase):
+    """A stretch of a file as a file of its own. However many bytes are asked for, it takes memory for those it has."""
+
+    def __init__(self, file: BinaryIO, offset: int, num_bytes: int) -> None:
+        self._file = file
+        self._offset = offset
+        self._num_bytes = num_bytes
+        self._place = 0
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Where it stands, from the beginning of the stretch."""
+        return self._place
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Stands elsewhere, also behind the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._num_bytes}[whence]
+        if base + offset < 0:
+            raise OSError("a place before the beginning")
+        self._place = base + offset
+        return self._place
+
+    def read(self, size: int | None = -1) -> bytes:
+        """So many bytes, or those that are left."""
+        return self._take(size, self._file.read)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        """What is left of the line."""
+        return self._take(size, self._file.readline)
+
+    def _take(self, size: int | None, function: Callable[[int], bytes]) -> bytes:
+        left = max(self._num_bytes - self._place, 0)
+        self._file.seek(self._offset + self._place)
+        data = function(left if size is None or size < 0 else min(size, left))
+        self._place += len(data)
+        return data

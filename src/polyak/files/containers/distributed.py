@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import DTYPES
 
 from .archive import MAX_PICKLE, read_archive
 from .objects import find
 from .pickled import Name, unpickle
-from .stored import ITEM_SIZES, Leaf, Pieced, Record, Stored
+from .stored import Leaf, Pieced, Record, Stored
 
 INDEX = ".metadata"
 # Of a thousand ranks there are so many pieces.
@@ -134,7 +135,7 @@ def _overlap(one: _Piece, two: _Piece) -> bool:
 def _dtype(properties: Any) -> str:
     """That of the properties, which are kept as a row of values or by name."""
     found = cast("object", properties[0] if isinstance(properties, tuple) else properties["dtype"])
-    if not isinstance(found, Name) or found.name not in ITEM_SIZES:
+    if not isinstance(found, Name) or found.name not in DTYPES:
         raise FileFormatError("is damaged: a tensor of its index has no dtype")
     return found.name
 

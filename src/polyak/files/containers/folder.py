@@ -64,7 +64,7 @@ def read_json_inside(path: Path) -> dict[str, Any]:
     try:
         return read_json(path)
     except FileFormatError as error:
-        raise FileFormatError(f"has {path.name!r}, which {error}") from error.__cause__
+        raise error.inside(f"has {path.name!r}, which") from error.__cause__
 
 
 def read_indexed(index: Path, read_file: Callable[[Path], dict[Any, Any]]) -> dict[Any, Any]:

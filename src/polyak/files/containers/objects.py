@@ -8,31 +8,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import BY_NUMPY, BY_STORAGE, DTYPES
 
 from .pickled import Name
-from .stored import ITEM_SIZES, Leaf, Record, Span, Stored, stored
-
-_STORAGES: Mapping[str, str] = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-    "UntypedStorage": "uint8",
-    "QInt8Storage": "int8",
-    "QUInt8Storage": "uint8",
-    "QInt32Storage": "int32",
-}
-# Of numpy's scalars: what `struct` calls a dtype.
-_SIGNED = {"f8": "d", "f4": "f", "f2": "e", "i8": "q", "i4": "i", "i2": "h", "i1": "b", "b1": "?"}
-_NUMBERS = {**_SIGNED, "u8": "Q", "u4": "I", "u2": "H", "u1": "B"}
+from .stored import Leaf, Record, Span, Stored, stored
 
 # Kept as records: data that trainers put beside the weights. None of these classes is imported or called. A name that
 # ends in a dot stands for all that begins with it.
@@ -113,22 +92,21 @@ def find(name: str, *, skip_objects: bool) -> Name:
     if name in _READ:
         return Name(name, _or_record(name, _READ[name]) if skip_objects and name not in _TENSORS else _READ[name])
     module, _, last = name.rpartition(".")
-    if module in ("torch", "torch.cuda", "torch.storage") and last in _STORAGES:
-        return Name(_STORAGES[last], _refuse_call(name))
-    if module == "torch" and (last in ITEM_SIZES or last.startswith(_OTHER_DTYPES)):
+    if module in ("torch", "torch.cuda", "torch.storage") and last in BY_STORAGE:
+        return Name(BY_STORAGE[last].name, _refuse_call(name))
+    if module == "torch" and (last in DTYPES or last.startswith(_OTHER_DTYPES)):
         return Name(last, _refuse_call(name))
     if skip_objects or any(name == known or (known[-1] == "." and name.startswith(known)) for known in _RECORDS):
         return Name(name, _record(name))
     raise FileFormatError(
-        f"holds the object {name}, whose loading could run code, and is not read. skip_objects=True reads the tensors "
-        "and plain values around it, and nothing runs; run_pickled_code=True runs the code, if you trust whoever wrote "
-        "the file"
+        f"holds the object {name}, whose loading could run code, and is not read",
+        needs=("skip_objects", "run_pickled_code"),
     )
 
 
 def storage(kind: object, span: Span) -> StorageOf:
     """A storage whose class the pickle gives; an untyped one counts bytes."""
-    if not isinstance(kind, Name) or kind.name not in ITEM_SIZES:
+    if not isinstance(kind, Name) or kind.name not in DTYPES:
         raise FileFormatError("a storage in it is of no known kind")
     return StorageOf(kind.name, span)
 
@@ -171,7 +149,7 @@ def _tensor_of_dtype(*arguments: Any) -> Stored | Record:
     kept, start, shape, stride, _, _, dtype, *_ = arguments
     if not isinstance(kept, StorageOf) or not isinstance(dtype, Name):
         raise FileFormatError("a tensor in it has no storage")
-    if dtype.name not in ITEM_SIZES:
+    if dtype.name not in DTYPES:
         return Record(f"{NO_PLAIN_TENSOR}v3", arguments)
     return stored(dtype.name, shape, stride, start, kept.span)
 
@@ -240,8 +218,9 @@ def _number(*arguments: Any) -> Any:
     """A number of numpy's: its dtype and bytes."""
     dtype, data = arguments
     kind = dtype.arguments[0] if isinstance(dtype, Record) and dtype.of == "numpy.dtype" and dtype.arguments else None
-    if isinstance(kind, str) and isinstance(data, (bytes, bytearray)) and kind.lstrip("<|=") in _NUMBERS:
-        return struct.unpack(f"<{_NUMBERS[kind.lstrip('<|=')]}", data)[0]
+    known = BY_NUMPY.get(kind.lstrip("<|=")) if isinstance(kind, str) else None
+    if known is not None and known.struct is not None and isinstance(data, (bytes, bytearray)):
+        return struct.unpack(f"<{known.struct}", data)[0]
     return Record("numpy scalar", arguments)
 
 

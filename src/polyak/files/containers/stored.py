@@ -9,15 +9,8 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import DTYPES
 
-ITEM_SIZES: Mapping[str, int] = {
-    **dict.fromkeys(("bool", "uint8", "int8"), 1),
-    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"), 1),
-    **dict.fromkeys(("int16", "uint16", "float16", "bfloat16"), 2),
-    **dict.fromkeys(("int32", "uint32", "float32"), 4),
-    **dict.fromkeys(("int64", "uint64", "float64", "complex64"), 8),
-    "complex128": 16,
-}
 _MAX_DIMENSIONS = 64
 _MAX_REPEATED = 1 << 28
 
@@ -44,7 +37,7 @@ class Stored:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor, when it is by itself."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +51,7 @@ class Pieced:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensor, when it is whole."""
-        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].num_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +130,12 @@ def stored(dtype: object, shape: object, stride: object, start: object, span: Sp
         FileFormatError: it does not.
     """
     sizes, steps = _counts(shape), _counts(stride)
-    right = isinstance(dtype, str) and dtype in ITEM_SIZES and type(start) is int and start >= 0
+    right = isinstance(dtype, str) and dtype in DTYPES and type(start) is int and start >= 0
     if not right or sizes is None or steps is None or len(sizes) != len(steps) or len(sizes) > _MAX_DIMENSIONS:
         raise FileFormatError("is damaged: a tensor in it has an impossible form")
     assert isinstance(dtype, str)
     assert isinstance(start, int)
-    size = ITEM_SIZES[dtype]
+    size = DTYPES[dtype].num_bytes
     if math.prod(sizes):
         last = start + sum((count - 1) * step for count, step in zip(sizes, steps, strict=True))
         if (last + 1) * size > span.num_bytes:

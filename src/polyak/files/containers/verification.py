@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import math
 import zipfile
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .archive import is_archive, is_legacy
-from .opening import open_content
-from .safetensors_file import is_safetensors
+from .archive import Window, is_archive, is_legacy
+from .content import open_content
+from .reader import Reader
+from .safetensors_header import is_safetensors
 from .stored import Stored
-from .window import Window
 
 # In the metadata of a safetensors file: the first digits of the SHA-256 of each tensor's bytes, by name.
 CHECKSUMS = "polyak.checksums"
@@ -168,21 +167,18 @@ def _safetensors(path: Path, tell: Callable[[int], None]) -> _Results:
     lacking = [name for name in content.tree if name not in known]
     if lacking:
         yield f"{path.name!r} has no checksums of {len(lacking)} tensors"
-    with path.open("rb", buffering=0) as file:
+    with Reader(in_order=True) as reader:
         for name, stored in content.tree.items():
             if name in known and isinstance(stored, Stored):
-                fits = _digest(file, stored, tell) == known[name]
+                fits = _digest(reader, stored, tell) == known[name]
                 yield stored.num_bytes if fits else Problem(path.name, name, "its bytes do not fit its SHA-256")
 
 
-def _digest(file: io.FileIO, stored: Stored, tell: Callable[[int], None]) -> str:
+def _digest(reader: Reader, stored: Stored, tell: Callable[[int], None]) -> str:
     digest = hashlib.sha256()
-    file.seek(stored.span.offset)
-    left = stored.span.num_bytes
-    while left and (data := file.read(min(left, _CHUNK))):
+    for data in reader.stretches(stored, _CHUNK):
         digest.update(data)
         tell(len(data))
-        left -= len(data)
     return digest.hexdigest()[:CHECKSUM_DIGITS]
 
 

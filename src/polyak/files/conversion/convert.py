@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from polyak.errors import FileFormatError, MismatchError
+from polyak.errors import FileFormatError, MismatchError, PolyakError
 from polyak.files.checkpoints import Checkpoint, read, save
 from polyak.files.containers import CONFIGURATION, leaves_of, read_json, verify
+from polyak.files.layouts import Note
 from polyak.files.writing import write_safetensors, write_sharded
 from polyak.kernels import check_floating_point
 from polyak.profiles import Exponential
 
-from .account import Conversion
 from .material import Maker, Material, complete, first_names, order_of
 from .progress import decay_of, num_updates
 from .written import WRITTEN, Written
@@ -26,6 +27,40 @@ from .written import WRITTEN, Written
 _FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".json")
 _ADAPTER = "adapter_config.json"
 _LARGE = 5_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What `convert` did.
+
+    Attributes:
+        path: what was written.
+        to: its layout.
+        input: what was read.
+        format: its layout.
+        average: the name that the average has there.
+        num_tensors: of the average, in what was written.
+        num_bytes: of the average, in what was written.
+        notes: what a user should know: what was assumed, filled in or lost.
+    """
+
+    path: Path
+    to: str
+    input: Path
+    format: str
+    average: str
+    num_tensors: int
+    num_bytes: int
+    notes: tuple[Note, ...]
+
+    @property
+    def heads(self) -> tuple[str, str]:
+        """What was read and what was written, in a line each."""
+        size = f"{self.num_tensors} tensors, {self.num_bytes:,} bytes"
+        return f"{self.input}: {self.format}, average {self.average!r}", f"{self.path}: {self.to}, {size}"
+
+    def __str__(self) -> str:
+        return "\n".join([*self.heads, *(f"  {note}" for note in self.notes)])
 
 
 def convert(
@@ -59,7 +94,7 @@ def convert(
         model: the model, or a trainer's module with the model in it. It names tensors that have positions only, and
             says which are parameters. "torch-ema" needs it, or `names`, unless the input is positional as well.
         names: of the parameters, in the order of `model.parameters()`.
-        format: the layout of the input, where it shall not be found out.
+        format: the layout of the input; detected if omitted.
         config: the model's config.json, or a folder with it. Default: the input folder's. "diffusers" needs it.
         max_shard_bytes: that a file of a folder has at most; above it there are several, and an index.
         skip_objects: whether a file is read that holds objects beside its tensors, without them. Nothing runs.
@@ -87,26 +122,26 @@ def convert(
     checkpoint, prefix = _read(path, format=format, model=model, names=names, skip_objects=skip_objects)
     chosen = checkpoint.choose(average)
     _check_is_not_read(checkpoint, output)
-    if "names" in checkpoint.missing and not layout.is_positional:
+    if not checkpoint.has_names and not layout.is_positional:
         raise MismatchError(
-            f"the tensors in {os.fspath(path)!r} have no names, but positions: give model=, or names= in the order of "
-            "model.parameters()"
+            f"the tensors in {os.fspath(path)!r} have no names, but positions", needs=("model", "names")
         )
     if to == "huggingface" and (Path(path) / _ADAPTER).is_file():
         raise FileFormatError(
-            f"{os.fspath(path)!r} is an adapter, and its base is not in it: to='safetensors' writes its weights, and "
+            f"{os.fspath(path)!r} is an adapter, and its base is not in it; convert it to 'safetensors', and "
             f"{_ADAPTER} belongs beside them under the name adapter_model.safetensors"
         )
     if configuration is None and layout.name == "diffusers":
         raise FileFormatError(
-            f"{os.fspath(path)!r} has no {CONFIGURATION}, without which diffusers cannot make the model: give config="
+            f"{os.fspath(path)!r} has no {CONFIGURATION}, without which diffusers cannot make the model",
+            needs=("config",),
         )
     _verify(checkpoint)
     maker = Maker(path, dtype)
     given = checkpoint.averages[chosen]
     # Without a name in common they are of another model.
     raw = checkpoint.raw_weights
-    raw = raw if raw is not None and (raw.keys() & given.keys() or "names" in checkpoint.missing) else None
+    raw = raw if raw is not None and (raw.keys() & given.keys() or not checkpoint.has_names) else None
     material = Material(
         checkpoint=checkpoint,
         chosen=chosen,
@@ -127,12 +162,12 @@ def convert(
     written = _tensors_of(material, layout, content)
     num_bytes = sum(tensor.nbytes for tensor in written)
     if layout.kind != "folder" and Path(output).exists():
-        material.notes.append("the file that was there is replaced")
+        material.note("the file that was there is replaced")
     if layout.kind == "torch":
         save(content, output)
     elif layout.kind == "safetensors":
         if num_bytes > max_shard_bytes:
-            material.notes.append(f"one file of {num_bytes:,} bytes; to='huggingface' writes several, with an index")
+            material.note(f"one file of {num_bytes:,} bytes; the layout 'huggingface' has several, with an index")
         write_safetensors(output, content, metadata=about or {})
     else:
         beside = {} if about is None else {CONFIGURATION: (json.dumps(about, indent=2) + "\n").encode()}
@@ -169,13 +204,13 @@ def _check(
 ) -> Written:
     """The layout to write, when the arguments make sense together."""
     if to not in WRITTEN:
-        raise ValueError(f"to={to!r} is unknown; there are {', '.join(WRITTEN)}")
+        raise PolyakError(f"{to!r} is unknown; there are {', '.join(WRITTEN)}", argument="to")
     if dtype is not None:
         check_floating_point(dtype)
     if decay is not None and not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} must be between 0 and 1")
+        raise PolyakError(f"{decay!r} must be between 0 and 1", argument="decay")
     if max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes={max_shard_bytes} must be positive")
+        raise PolyakError(f"{max_shard_bytes} must be positive", argument="max_shard_bytes")
     layout, target = WRITTEN[to], Path(output)
     what = {"torch": "a file of torch.save", "safetensors": "a file of safetensors", "folder": "a folder"}[layout.kind]
     wrong = {
@@ -185,7 +220,7 @@ def _check(
     }[layout.kind]
     if wrong:
         advice = "name it .safetensors" if layout.kind == "safetensors" else f"do not name it {target.suffix}"
-        raise ValueError(f"{os.fspath(output)!r}: to={to!r} writes {what}; {advice}")
+        raise PolyakError(f"{to!r} writes {what}; {advice} ({os.fspath(output)!r})", argument="to")
     here, there = (Path(os.path.realpath(each)) for each in (path, output))
     if here == there or here in there.parents:
         raise ValueError(f"{os.fspath(output)!r} is the input or in it, and would be written while it is read")
@@ -257,7 +292,7 @@ def _say_what_is_lost(material: Material, layout: Written, about: Mapping[str, A
     )
     lost = [text.format(value) for value, key, text in facts if value is not None and key not in kept]
     if lost:
-        material.notes.append(f"the layout has no place for {', for '.join(lost)}")
+        material.note(f"the layout has no place for {', for '.join(lost)}")
 
 
 def _tensors_of(material: Material, layout: Written, content: Mapping[str, Any]) -> list[Tensor]:

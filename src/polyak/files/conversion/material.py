@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from polyak.errors import MismatchError, listed, outside
 from polyak.files.checkpoints import Checkpoint, Tensors
 from polyak.files.containers import Leaf
+from polyak.files.layouts import Note
 from polyak.kernels import cast_floating_point, is_plain
 from polyak.model import gather, unwrap
 
-from .progress import is_positional
+from .progress import layout_of
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,11 @@ class Material:
     decay: float | None = None
     config: Mapping[str, object] | None = None
     has_model: bool = False
-    notes: list[str] = field(default_factory=list[str])
+    notes: list[Note] = field(default_factory=list[Note])
+
+    def note(self, text: str, *, needs: tuple[str, ...] = ()) -> None:
+        """Adds a note."""
+        self.notes.append(Note(text, needs=needs))
 
 
 class Maker:
@@ -113,15 +118,16 @@ def complete(material: Material, model: nn.Module | None, maker: Maker, *, with_
     average, raw, path = material.average, material.raw or {}, str(material.checkpoint.path)
     copied = [name for name in raw if name not in average]
     if copied:
-        material.notes.append(f"not averaged, and as in the raw weights: {listed(copied)}")
-    elif is_positional(material.checkpoint) and model is None:
-        material.notes.append(
+        material.note(f"not averaged, and as in the raw weights: {listed(copied)}")
+    elif layout_of(material.checkpoint).is_positional and model is None:
+        material.note(
             "the input has parameters only, each under one name: buffers and tied names, if the model has any, are "
-            "not in it; give model="
+            "not in it",
+            needs=("model",),
         )
     added = [name for name in average if name not in raw] if raw and with_raw else []
     if added:
-        material.notes.append(f"not in the raw weights, and as in the average: {listed(added)}")
+        material.note(f"not in the raw weights, and as in the average: {listed(added)}")
     from_model = {} if model is None else _of_model(model, {*raw, *average}, maker, path)
     if from_model:
         warnings.warn(
@@ -129,7 +135,7 @@ def complete(material: Material, model: nn.Module | None, maker: Maker, *, with_
             "which has to be the one that was trained",
             stacklevel=outside(),
         )
-        material.notes.append(f"as in the model that was given: {listed(from_model)}")
+        material.note(f"as in the model that was given: {listed(from_model)}")
     order = dict.fromkeys([*raw, *average])
     material.average = {name: (average if name in average else raw)[name] for name in order} | from_model
     if material.raw is not None:
@@ -159,7 +165,7 @@ def order_of(
         MismatchError: nobody says what is a parameter, or the file lacks one.
     """
     known = {*(material.raw or {}), *material.average}
-    if is_positional(material.checkpoint):
+    if layout_of(material.checkpoint).is_positional:
         order = [f"{prefix}{name}" for name in _once(tensors)]
     elif model is not None:
         order = [group[0].name for group in gather(unwrap(model)) if group[0].is_parameter]
@@ -168,17 +174,17 @@ def order_of(
     else:
         raise MismatchError(
             f"the tensors of torch_ema go by their positions among the model's parameters, and {len(tensors)} names in "
-            f"{str(material.checkpoint.path)!r} do not tell which are parameters, and in what order: give model=, or "
-            "names= in the order of model.parameters()"
+            f"{str(material.checkpoint.path)!r} do not tell which are parameters, and in what order",
+            needs=("model", "names"),
         )
     unknown = [name for name in order if name not in known]
     if unknown:
         raise MismatchError(
-            f"{str(material.checkpoint.path)!r} has no {listed(unknown)}: give names= of what it averages"
+            f"{str(material.checkpoint.path)!r} has no {listed(unknown)}; the names must be those of what it averages"
         )
     copied = [name for name in order if name not in material.average]
     if copied:
-        material.notes.append(f"not averaged, and as in the raw weights: {listed(copied)}")
+        material.note(f"not averaged, and as in the raw weights: {listed(copied)}")
     return order
 
 

@@ -6,45 +6,25 @@ import math
 from collections.abc import Mapping
 
 from polyak.files.checkpoints import Checkpoint
-from polyak.files.layouts import LAYOUTS
+from polyak.files.layouts import Layout, layout_called
 from polyak.profiles import Exponential
 
-# Names of the number of updates. The `step` of most files is that of the optimizer.
-_UPDATES = ("num_updates", "n_averaged", "optimization_step", "current_step", "steps")
-_POSITIONAL = frozenset(layout.name for layout in LAYOUTS if layout.is_positional)
-_WARM_UPS = frozenset({"torch-ema", "litema"})
-_DIFFUSERS = frozenset({"diffusers", "diffusers-state", "simpletuner"})
-# With these the first update makes the average a copy of the weights, whatever it was before.
-_BEGIN_WITH_COPY = _DIFFUSERS | {
-    "torch",
-    "lightning",
-    "lightning-swa",
-    "composer-swa",
-    "mmengine",
-    "mmengine-module",
-    "ema-pytorch",
-}
 
-
-def is_positional(checkpoint: Checkpoint) -> bool:
-    """Whether the layout of the file has its tensors in the order of a model's parameters."""
-    return checkpoint.format in _POSITIONAL
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """The layout that a file was read by."""
+    return layout_called(checkpoint.format)
 
 
 def num_updates(checkpoint: Checkpoint) -> int | None:
-    """How many updates the average has had, where the file tells."""
-    names = ("step",) if checkpoint.format.startswith("ema-pytorch") else _UPDATES
-    for name in names:
-        count = checkpoint.counters.get(name)
-        if count is not None and math.isfinite(count) and count >= 0:
-            return int(count)
-    return None
+    """How many updates the average has had, if the file tells."""
+    count = checkpoint.counters.get(layout_of(checkpoint).updates or "")
+    return int(count) if count is not None and math.isfinite(count) and count >= 0 else None
 
 
 def num_copies(checkpoint: Checkpoint) -> int | None:
     """The number of updates for a library whose first update is a copy: 0 only if that was still to come here."""
     count = num_updates(checkpoint)
-    return count if count is None or checkpoint.format in _BEGIN_WITH_COPY else max(count, 1)
+    return count if count is None or layout_of(checkpoint).begins_with_copy else max(count, 1)
 
 
 def decay_of(checkpoint: Checkpoint, average: str) -> float | None:
@@ -58,19 +38,20 @@ def decay_of(checkpoint: Checkpoint, average: str) -> float | None:
 
 
 def diffusers_fields(checkpoint: Checkpoint) -> Mapping[str, int | float] | None:
-    """What diffusers says of its average, where it wrote the file."""
-    return checkpoint.counters if checkpoint.format in _DIFFUSERS else None
+    """What diffusers says of its average, if it wrote the file."""
+    return checkpoint.counters if layout_of(checkpoint).updates == "optimization_step" else None
 
 
 def warm_up(checkpoint: Checkpoint) -> int | None:
-    """The s of the last update, where decays are min(decay, (1 + s) / (10 + s)); None where they are not."""
-    counters = checkpoint.counters
-    if checkpoint.format in _WARM_UPS:
-        count = counters.get("num_updates", -1)
-        return int(count) if count >= 0 else None
-    if checkpoint.format not in _DIFFUSERS or counters.get("use_ema_warmup") or "optimization_step" not in counters:
+    """The s of the last update, if decays are min(decay, (1 + s) / (10 + s)); None if they are not."""
+    layout, counters = layout_of(checkpoint), checkpoint.counters
+    count = counters.get(layout.updates or "", -1)
+    if not layout.warms_up or count < 0:
         return None
+    if diffusers_fields(checkpoint) is None:
+        return int(count)
     # A least decay that is the decay itself leaves nothing of the warm-up.
-    if checkpoint.decay is not None and counters.get("min_decay", 0) >= checkpoint.decay:
+    is_constant = checkpoint.decay is not None and counters.get("min_decay", 0) >= checkpoint.decay
+    if counters.get("use_ema_warmup") or is_constant:
         return None
-    return max(int(counters["optimization_step"]) - int(counters.get("update_after_step", 0)) - 1, 0)
+    return max(int(count) - int(counters.get("update_after_step", 0)) - 1, 0)

@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from polyak.files.layouts import LAYOUTS
+
 from .material import Material, first_names, separate
 from .progress import decay_of, diffusers_fields, num_copies, num_updates, warm_up
 
@@ -55,7 +57,7 @@ def _untied(material: Material) -> dict[str, Any]:
     found = first_names(material.average)
     if len(found) < len(material.average):
         others = len(material.average) - len(found)
-        material.notes.append(f"{others} tied names are left out, as transformers leaves them out")
+        material.note(f"{others} tied names are left out, as transformers leaves them out")
     return dict(found)
 
 
@@ -76,9 +78,9 @@ def _ema_pytorch(material: Material) -> dict[str, Any]:
     step = num_copies(material.checkpoint)
     if step is None:
         step = _WARMED_UP
-        material.notes.append(f"the input has no number of updates; step is {step:,}, where the warm-up is over")
+        material.note(f"the input has no number of updates; step is {step:,}, where the warm-up is over")
     elif step <= _EMA_PYTORCH_COPIES:
-        material.notes.append(
+        material.note(
             f"step is {step}: up to its update_after_step, 100 unless you choose another, EMA copies the weights over "
             "the average"
         )
@@ -99,7 +101,7 @@ def _torch_ema(material: Material) -> dict[str, Any]:
     count = len(material.order)
     steps = warm_up(material.checkpoint)
     if steps is None:
-        material.notes.append("num_updates is None: from now on the decay is constant, without a warm-up")
+        material.note("num_updates is None: from now on the decay is constant, without a warm-up")
     return {
         "decay": _decay(material),
         "num_updates": steps,
@@ -110,11 +112,11 @@ def _torch_ema(material: Material) -> dict[str, Any]:
 
 def _lightning(material: Material) -> dict[str, Any]:
     counters = material.checkpoint.counters
-    material.notes.append(
+    material.note(
         "the Trainer begins with a new optimizer and counts its steps from 0; the average goes on where it was"
     )
     if not material.has_model:
-        material.notes.append(
+        material.note(
             "a LightningModule that keeps its model in an attribute has other names: polyak.convert(model=) takes it"
         )
     return {
@@ -148,13 +150,13 @@ def _diffusers_config(material: Material) -> Mapping[str, Any]:
     else:
         # Its decay is (1 + s) / (10 + s) at first, unless the least one is as large as the largest.
         fields |= {"min_decay": decay, "optimization_step": max(num_updates(material.checkpoint) or 1, 1)}
-        material.notes.append("min_decay is decay: from now on the decay is constant, without a warm-up")
+        material.note("min_decay is decay: from now on the decay is constant, without a warm-up")
     return {**material.config, **fields}
 
 
 def _config(material: Material) -> Mapping[str, Any] | None:
     if material.config is None:
-        material.notes.append("there is no config.json, which from_pretrained() looks for: put the model's there")
+        material.note("there is no config.json, which from_pretrained() looks for: put the model's there")
     return material.config
 
 
@@ -170,7 +172,7 @@ def _export_metadata(material: Material) -> Mapping[str, str] | None:
 def _raw(material: Material) -> dict[str, Tensor]:
     if material.raw is None:
         note = "the input has no raw weights: where those go stands the average, and training goes on from it"
-        material.notes.append(note)
+        material.note(note)
     return dict(material.average if material.raw is None else material.raw)
 
 
@@ -182,21 +184,19 @@ def _n_averaged(material: Material) -> Tensor:
     count = num_copies(material.checkpoint)
     if count is None:
         count = 1
-        material.notes.append(
-            "the input has no number of updates; n_averaged is 1, for at 0 the average is overwritten"
-        )
+        material.note("the input has no number of updates; n_averaged is 1, for at 0 the average is overwritten")
     return torch.tensor(count)
 
 
 def _decay(material: Material) -> float:
     known = decay_of(material.checkpoint, material.chosen)
     if material.decay is None and known is None:
-        material.notes.append(f"the input has no decay; {_DECAY} is written; give decay= for another")
+        material.note(f"the input has no decay; {_DECAY} is written", needs=("decay",))
     return next(float(decay) for decay in (material.decay, known, _DECAY) if decay is not None)
 
 
 _UPDATES = frozenset({"updates"})
-WRITTEN: Mapping[str, Written] = {
+_WRITERS: Mapping[str, Written] = {
     row.name: row
     for row in (
         Written(name="safetensors", kind="safetensors", content=_bare, about=_export_metadata),
@@ -222,4 +222,8 @@ WRITTEN: Mapping[str, Written] = {
         ),
         Written(name="lightning", kind="torch", content=_lightning, keeps=_UPDATES | {"raw"}),
     )
+}
+# The table of layouts says which of them can be written.
+WRITTEN: Mapping[str, Written] = {
+    name: writer for name, writer in _WRITERS.items() if any(name in layout.written for layout in LAYOUTS)
 }

@@ -6,4 +6,4 @@ from .account import Other as Other
 from .account import ProfileAccount as ProfileAccount
 from .account import WeightSet as WeightSet
 from .account import plain as plain
-from .inspecting import inspect as inspect
+from .inspect import inspect as inspect

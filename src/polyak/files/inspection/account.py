@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from polyak.files.containers import Verification
+from polyak.files.layouts import Note
 
 _MAX_INTEGER = 1 << 63
 
@@ -130,6 +131,7 @@ class Account:
         half_life: in updates, of that decay.
         mean_age: of the weights in such an average, likewise.
         profiles: how each average was made, where the file says it.
+        has_names: whether the averages go by names; if not, by positions.
         missing: names that the averages lack.
         notes: what should be known of it.
         others: what else is in it.
@@ -151,8 +153,9 @@ class Account:
     half_life: float | None
     mean_age: float | None
     profiles: tuple[ProfileAccount, ...]
+    has_names: bool
     missing: tuple[str, ...]
-    notes: tuple[str, ...]
+    notes: tuple[Note, ...]
     others: tuple[Other, ...]
     metadata: tuple[str, ...]
     reading: Reading

@@ -109,17 +109,17 @@ def tensors(found: list[Match]) -> dict[str, dict[str, Leaf]]:
     return averages
 
 
-def tie(target: dict[str, Leaf], *, like: Mapping[str, Leaf]) -> None:
-    """Adds tensors under the names that they are tied to, where those are the same tensor elsewhere in the file.
+def tie(tensors: Mapping[str, Leaf], *, like: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Tensors, also under the names that they are tied to, if those are the same tensor elsewhere in the file.
 
     Example:
-        >>> target, tied = {"a": 1}, object()
-        >>> tie(target, like={"a": tied, "b": tied, "c": object()})
-        >>> target
+        >>> tied = object()
+        >>> tie({"a": 1}, like={"a": tied, "b": tied, "c": object()})
         {'a': 1, 'b': 1}
     """
-    known = {leaf: name for name, leaf in like.items() if name in target}
-    target.update({name: target[known[leaf]] for name, leaf in like.items() if name not in target and leaf in known})
+    known = {leaf: name for name, leaf in like.items() if name in tensors}
+    also = {name: tensors[known[leaf]] for name, leaf in like.items() if name not in tensors and leaf in known}
+    return {**tensors, **also}
 
 
 def covers(general: str, special: str) -> bool:

@@ -1,11 +1,12 @@
-"""Names for tensors that a file holds without any: by their order, once it is certain."""
+"""Tensors by their order: names for those that a file holds without any, and whether an average is the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from polyak.errors import MismatchError, listed
-from polyak.files.containers import Leaf
+from polyak.files.containers import Leaf, Reader, Stored
+from polyak.files.dtypes import DTYPES
 
 Shape = tuple[int, ...]
 _BUFFERS = frozenset({"running_mean", "running_var", "num_batches_tracked"})
@@ -49,8 +50,31 @@ def _parameters(raw: Mapping[str, Leaf]) -> dict[str, Leaf]:
     found: dict[str, Leaf] = {}
     seen: set[Leaf] = set()
     for name, leaf in raw.items():
-        is_buffer = name.rpartition(".")[2] in _BUFFERS or not leaf.dtype.startswith(("float", "bfloat", "complex"))
+        is_buffer = name.rpartition(".")[2] in _BUFFERS or not DTYPES[leaf.dtype].is_inexact
         if not is_buffer and leaf not in seen:
             found[name] = leaf
             seen.add(leaf)
     return found
+
+
+def in_order(by_position: Mapping[str, Leaf]) -> list[Leaf]:
+    """The tensors of a list."""
+    return [by_position[position] for position in sorted(by_position, key=int)]
+
+
+def stands_in(average: Iterable[Leaf], weights: Iterable[Leaf]) -> bool:
+    """Whether all tensors of an average are among the weights, bit for bit and in the same order.
+
+    Reads until one is not, which in a model that was trained since is the first.
+    """
+    rest = iter(weights)
+    with Reader(in_order=True) as reader:
+        return all(any(_is_same(one, other, reader) for other in rest) for one in average)
+
+
+def _is_same(one: Leaf, other: Leaf, reader: Reader) -> bool:
+    if not (isinstance(one, Stored) and isinstance(other, Stored)):
+        return False
+    if (one.dtype, one.shape, one.stride) != (other.dtype, other.shape, other.stride):
+        return False
+    return all(ours == theirs for ours, theirs in zip(reader.stretches(one), reader.stretches(other), strict=True))

@@ -13,6 +13,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="timm",
         writer="timm CheckpointSaver",
+        written=("timm",),
         average=("state_dict_ema/*",),
         raw=("state_dict/*",),
         counters=("epoch", "metric"),
@@ -34,17 +35,23 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="torch",
         writer="torch AveragedModel",
+        written=("torch",),
         average=("module.*",),
         counters=("n_averaged",),
+        updates="n_averaged",
+        begins_with_copy=True,
         marks=("n_averaged",),
         may_stand_in=True,
     ),
     Layout(
         name="ema-pytorch",
         writer="ema-pytorch EMA, KarrasEMA",
+        written=("ema-pytorch",),
         average=("ema_model.*",),
         raw=("online_model.*",),
         counters=("step", "initted"),
+        updates="step",
+        begins_with_copy=True,
         may_stand_in=True,
         test=odd.is_outermost,
     ),
@@ -53,6 +60,7 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="ema-pytorch PostHocEMA",
         average=("ema_models.{}.ema_model.*",),
         counters=("ema_models.{}.step",),
+        updates="step",
         may_stand_in=True,
     ),
     Layout(
@@ -61,16 +69,20 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("ema_model.*",),
         test=odd.is_outermost,
         file=r"(?P<average>\d+)\.(?P<step>\d+)\.pt",
+        updates="step",
         remark="all tensors are in one dtype, float16 unless another was chosen, counters as well",
     ),
     Layout(
         name="torch-ema",
         writer="torch_ema",
+        written=("torch-ema",),
         average=("shadow_params/#",),
         raw=("collected_params/#",),
         keeps_old_raw=True,
         counters=("num_updates",),
+        updates="num_updates",
         decay="decay",
+        warms_up=True,
         marks=("num_updates",),
         is_positional=True,
         may_stand_in=True,
@@ -80,7 +92,10 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="diffusers EMAModel.state_dict(), also through accelerate",
         average=("shadow_params/#",),
         counters=_DIFFUSERS[1:],
+        updates="optimization_step",
         decay="decay",
+        begins_with_copy=True,
+        warms_up=True,
         marks=("optimization_step",),
         is_positional=True,
         may_stand_in=True,
@@ -88,10 +103,14 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="diffusers",
         writer="diffusers EMAModel.save_pretrained()",
+        written=("diffusers",),
         average=("*",),
         raw=("*",),
         counters=_DIFFUSERS[1:],
+        updates="optimization_step",
         decay="decay",
+        begins_with_copy=True,
+        warms_up=True,
         kinds=FOLDER,
         about=("optimization_step", "decay"),
         file=r"(?P<stem>.+?)(_ema)?",
@@ -101,9 +120,12 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="lightning",
         writer="Lightning WeightAveraging, EMAWeightAveraging",
+        written=("lightning",),
         average=("state_dict/*",),
         raw=("current_model_state/*",),
         counters=("averaging_state/n_averaged", "callbacks/?/latest_update_step", "epoch", "global_step"),
+        updates="n_averaged",
+        begins_with_copy=True,
         marks=("averaging_state", "current_model_state"),
         remark="state_dict is the average, current_model_state what is trained; after the fit both are the average",
     ),
@@ -118,6 +140,8 @@ LAYOUTS: tuple[Layout, ...] = (
             "epoch",
             "global_step",
         ),
+        updates="n_averaged",
+        begins_with_copy=True,
         remark="buffers of the average are those of the beginning; after the end of the fit, state_dict is the average",
     ),
     Layout(
@@ -133,6 +157,8 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("state/algorithms/?/1/swa_model/module.*",),
         raw=("state/model/*",),
         counters=("state/algorithms/?/1/swa_model/n_averaged", "state/algorithms/?/1/step_counter"),
+        updates="n_averaged",
+        begins_with_copy=True,
     ),
     Layout(
         name="nemo",
@@ -140,6 +166,7 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("state_dict/*",),
         raw=("state_dict/*",),
         counters=("optimizer_states/0/current_step", "optimizer_states/0/every_n_steps", "epoch", "global_step"),
+        updates="current_step",
         decay="optimizer_states/0/decay",
         marks=("optimizer_states/0/ema",),
         file=r"(?P<stem>.+)-EMA\.ckpt",
@@ -175,6 +202,8 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("state_dict/*",),
         raw=("ema_state_dict/module.*",),
         counters=("ema_state_dict/steps", "meta/epoch", "meta/iter"),
+        updates="steps",
+        begins_with_copy=True,
         marks=("ema_state_dict/steps",),
         remark="state_dict is the average; the weights that are trained are in ema_state_dict",
     ),
@@ -183,6 +212,8 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="mmengine ExponentialMovingAverage, StochasticWeightAverage",
         average=("module.*",),
         counters=("steps",),
+        updates="steps",
+        begins_with_copy=True,
         marks=("steps",),
         may_stand_in=True,
     ),
@@ -192,7 +223,9 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("model_ema.*",),
         raw=("*",),
         counters=("model_ema.num_updates",),
+        updates="num_updates",
         decay="model_ema.decay",
+        warms_up=True,
         may_stand_in=True,
         test=odd.is_outermost,
         code=odd.dotless,
@@ -215,6 +248,7 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("extra_state/ema_fp32_params/*", "extra_state/ema/*"),
         raw=("model/*",),
         counters=("extra_state/train_iterator/epoch", "optimizer_history/0/num_updates"),
+        updates="num_updates",
         remark="what it keeps in float32 is read from there",
     ),
     Layout(
@@ -281,7 +315,10 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="SimpleTuner",
         average=("shadow_params.#",),
         counters=_DIFFUSERS[1:],
+        updates="optimization_step",
         decay="decay",
+        begins_with_copy=True,
+        warms_up=True,
         is_positional=True,
         may_stand_in=True,
     ),
@@ -319,6 +356,7 @@ LAYOUTS: tuple[Layout, ...] = (
         writer="polyak export()",
         average=("*",),
         about=("profile", "time", "num_updates"),
+        updates="num_updates",
         code=odd.polyak_export,
     ),
     Layout(
@@ -327,6 +365,7 @@ LAYOUTS: tuple[Layout, ...] = (
         average=("averages/?/{}/*",),
         marks=("clock", "configuration/profiles"),
         counters=("clock/time", "clock/num_updates"),
+        updates="num_updates",
         may_stand_in=True,
         code=odd.polyak_state,
     ),
@@ -341,6 +380,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="huggingface",
         writer="Hugging Face save_pretrained(), mergekit",
+        written=("huggingface",),
         average=("*",),
         kinds=FOLDER,
         is_fallback=True,
@@ -358,6 +398,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="plain",
         writer="tensors by name, as timm's avg_checkpoints writes them",
+        written=("plain", "safetensors"),
         average=("*",),
         is_fallback=True,
         only_tensors=True,
@@ -392,3 +433,11 @@ def formats() -> dict[str, str]:
         'torch AveragedModel'
     """
     return {layout.name: layout.writer for layout in LAYOUTS}
+
+
+def layout_called(name: str) -> Layout:
+    """The row of a name."""
+    return _BY_NAME[name]
+
+
+_BY_NAME = {layout.name: layout for layout in LAYOUTS}

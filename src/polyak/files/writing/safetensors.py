@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from polyak.errors import listed
-from polyak.files.containers import CHECKSUM_DIGITS, CHECKSUMS, SAFETENSORS_DTYPES
+from polyak.files.containers import CHECKSUM_DIGITS, CHECKSUMS
+from polyak.files.dtypes import BY_SAFETENSORS
 
 from .whole import replacing
 
 # Older versions of torch lack some of them.
-_DTYPES = {getattr(torch, name): code for code, name in SAFETENSORS_DTYPES.items() if hasattr(torch, name)}
+_DTYPES = {getattr(torch, one.name): code for code, one in BY_SAFETENSORS.items() if hasattr(torch, one.name)}
 _CHUNK = 1 << 24
 
 

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
-from polyak.files.containers import ITEM_SIZES, Between, Leaf, Pieced, Stored, parts_of
+from polyak.files.dtypes import DTYPES
+
+from .stored import Between, Leaf, Pieced, Stored, parts_of
 
 # In each dimension, where it begins and ends.
 Region: TypeAlias = tuple[tuple[int, int], ...]
@@ -47,14 +49,15 @@ def common(region: Region, offset: Sequence[int], shape: Sequence[int]) -> Regio
 def cost(leaf: Leaf, region: Region) -> int:
     """The bytes that reading a region takes."""
     return sum(
-        (covered(part, region)[1] if isinstance(part, Stored) else math.prod(sizes(region))) * ITEM_SIZES[part.dtype]
+        (covered(part, region)[1] if isinstance(part, Stored) else math.prod(sizes(region)))
+        * DTYPES[part.dtype].num_bytes
         for part in parts_of(leaf)
     )
 
 
 def item_bytes(leaf: Leaf) -> int:
     """The bytes that one number is read from."""
-    return sum(ITEM_SIZES[part.dtype] for part in parts_of(leaf))
+    return sum(DTYPES[part.dtype].num_bytes for part in parts_of(leaf))
 
 
 def fits(leaves: Sequence[Leaf], region: Region, most: int) -> bool:
@@ -90,7 +93,7 @@ def all_regions(leaves: Sequence[Leaf], most: int) -> Iterator[Region]:
 
     Example:
         >>> from pathlib import Path
-        >>> from polyak.containers import Span
+        >>> from polyak.files.containers import Span
         >>> leaf = Stored("float32", (4, 3), (3, 1), 0, Span(Path("x"), 0, 48))
         >>> list(all_regions([leaf], 6))
         [((0, 2), (0, 3)), ((2, 4), (0, 3))]
@@ -137,7 +140,7 @@ def flattened(leaves: Sequence[Leaf]) -> tuple[Leaf, ...]:
 
     Example:
         >>> from pathlib import Path
-        >>> from polyak.containers import Span
+        >>> from polyak.files.containers import Span
         >>> columns = Stored("float32", (4, 3), (1, 4), 0, Span(Path("x"), 0, 48))
         >>> flattened([columns])[0].shape
         (12,)

@@ -7,21 +7,21 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from polyak.errors import listed
-from polyak.files.containers import Leaf, leaves_of
+from polyak.files.containers import Leaf, Reader, leaves_of
 from polyak.files.containers import verify as verify_files
-from polyak.files.layouts import Found
+from polyak.files.layouts import Found, Note
+from polyak.profiles import Exponential, Power, Profile, Uniform, profile_from_description
 
-from .account import Account, Reading, WeightSet
-from .comparing import is_looked_at, look, rows
+from .account import Account, ProfileAccount, Reading, WeightSet
+from .comparison import distances, is_looked_at, look, nonfinite, rows
 from .contents import Contents
-from .distances import distances, nonfinite
-from .making import ages_of_decay, profiles
-from .reading import Files
 
 _BUDGET = 1 << 26
 _RAW = "raw"
+_MAX_TIME = 1 << 63
 
 
 def inspect(
@@ -46,7 +46,7 @@ def inspect(
 
     Example:
         >>> import tempfile, torch
-        >>> from polyak.layouts import examine
+        >>> from polyak.files.layouts import examine
         >>> path = f"{tempfile.mkdtemp()}/checkpoint.pth"
         >>> torch.save({"state_dict": {"w": torch.ones(3)}, "state_dict_ema": {"w": torch.zeros(3)}}, path)
         >>> account = inspect(examine(path))
@@ -55,7 +55,7 @@ def inspect(
     """
     content = found.content
     raw = _free_name(found.averages)
-    sets: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw is not None else {})}
+    sets: dict[str, Mapping[str, Leaf]] = {**found.averages, **({raw: found.raw} if found.raw else {})}
     used = [leaf for tensors in sets.values() for leaf in tensors.values()]
     contents = Contents(content.tree)
     compared = rows(sets)
@@ -63,12 +63,12 @@ def inspect(
     paths = _files([*contents.leaves, *used], content.path)
     whole = total + sum(path.stat().st_size for path in paths) if verify else min(total, budget)
     step = None if progress is None else _Progress(progress, whole).add
-    with Files(in_order=verify or total <= budget) as files:
-        look(files, compared, raw=raw, budget=None if verify else budget, progress=step)
+    with Reader(in_order=verify or total <= budget) as reader:
+        look(reader, compared, raw=raw, budget=None if verify else budget, progress=step)
     verification = verify_files(paths, progress=step) if verify else None
     if progress is not None:
         progress(whole, whole)
-    half_life, mean_age = ages_of_decay(found.decay)
+    half_life, mean_age = _ages_of_decay(found.decay)
     return Account(
         path=os.fspath(content.path),
         kind=content.kind,
@@ -82,7 +82,8 @@ def inspect(
         decay=found.decay,
         half_life=half_life,
         mean_age=mean_age,
-        profiles=profiles(found),
+        profiles=_profiles(found),
+        has_names=found.has_names,
         missing=found.missing,
         notes=(*found.notes, *_other_shapes(sets, raw)),
         others=contents.others(used, known=(*found.counters, "decay")),
@@ -144,7 +145,7 @@ def _set(name: str, tensors: Mapping[str, Leaf], contents: Contents, path: Path,
     )
 
 
-def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]:
+def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[Note]:
     given = sets.get(raw, {})
     differ = [
         name
@@ -153,4 +154,37 @@ def _other_shapes(sets: Mapping[str, Mapping[str, Leaf]], raw: str) -> list[str]
         for name, leaf in tensors.items()
         if name in given and given[name].shape != leaf.shape
     ]
-    return [f"of another shape in the raw weights, and not compared: {listed(dict.fromkeys(differ))}"] if differ else []
+    text = f"of another shape in the raw weights, and not compared: {listed(dict.fromkeys(differ))}"
+    return [Note(text)] if differ else []
+
+
+def _profiles(found: Found) -> tuple[ProfileAccount, ...]:
+    """The profile of each average that the file describes."""
+    time = found.counters.get("time", math.inf)
+    now = float(time) if time < _MAX_TIME else math.inf
+    return tuple(_profile(name, about, now) for name, about in found.profiles.items())
+
+
+def _ages_of_decay(decay: float | None) -> tuple[float | None, float | None]:
+    """Half-life and mean age, in updates, of an average that keeps so much of itself at each of them."""
+    return (None, None) if decay is None or not 0 <= decay < 1 else _ages(Exponential(decay), math.inf)
+
+
+def _profile(name: str, about: Mapping[str, Any], now: float) -> ProfileAccount:
+    # The text of what is wrong with it would hold all of it, and that may be endless.
+    if not all(value is None or isinstance(value, (bool, int, float, str)) for value in about.values()):
+        return ProfileAccount(name, "not understood", None, None)
+    try:
+        profile = profile_from_description(about)
+        return ProfileAccount(name, repr(profile), *_ages(profile, now))
+    except (ValueError, TypeError, ArithmeticError) as error:
+        return ProfileAccount(name, f"not understood: {error}", None, None)
+
+
+def _ages(profile: Profile, now: float) -> tuple[float | None, float | None]:
+    """Half-life and mean age, where there is a formula for them and not a sum over all steps."""
+    if not isinstance(profile, (Exponential, Power, Uniform)) or not now > 0:
+        return None, None
+    ages = profile.half_life(now), profile.mean_age(now)
+    half_life, mean_age = (age if math.isfinite(age) else None for age in ages)
+    return half_life, mean_age

@@ -4,35 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import BY_SAFETENSORS
 
 from .stored import Span, Stored, dense_stride, stored
 
-SAFETENSORS_DTYPES: Mapping[str, str] = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "I64": "int64",
-    "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
-}
 _MAX_HEADER = 100_000_000
 
 
@@ -57,10 +36,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     for place, (name, entry) in enumerate(header.items()):
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
+        if entry["dtype"] not in BY_SAFETENSORS:
             raise FileFormatError(f"has the tensor {name[:80]!r} of dtype {entry['dtype']}, which is not read")
         span = Span(path, 8 + length + begin, end - begin)
         # Nothing is tied in this format; empty tensors, which lie in one place, are told apart by where they begin.
         start = 0 if end > begin else place
-        tensors[name] = stored(SAFETENSORS_DTYPES[entry["dtype"]], shape, dense_stride(shape), start, span)
+        tensors[name] = stored(BY_SAFETENSORS[entry["dtype"]].name, shape, dense_stride(shape), start, span)
     return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata

@@ -56,8 +56,16 @@ class Candidate:
         return frozenset(inside | extra | {f"<about {key}>" for key in layout.about})
 
 
-def choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> tuple[Content, list[Candidate]]:
+def choose(
+    content: Content, format: str | None, layouts: Sequence[Layout], *, around: str | None = None
+) -> tuple[Content, list[Candidate]]:
     """The layouts of a file, each with where it begins: one, or several of the same layout under different keys.
+
+    Args:
+        content: the file.
+        format: the name of a layout; detected if omitted.
+        layouts: the table.
+        around: the key of the dictionary that holds all the rest, once it is looked into.
 
     Returns:
         The file, or the part of it that a dictionary around all the rest holds, and what was chosen.
@@ -80,14 +88,11 @@ def choose(content: Content, format: str | None, layouts: Sequence[Layout]) -> t
         return content, found[:1]
     inner = [key for key, value in items_of(content.tree) if key in _AROUND and isinstance(value, dict)]
     if len(inner) == 1:
-        key = inner[0]
-        try:
-            return choose(replace(content, tree=content.tree[key]), format, layouts)
-        except FileFormatError as error:
-            raise FileFormatError(str(error).replace("; it has ", f"; under {key!r} it has ")) from None
+        return choose(replace(content, tree=content.tree[inner[0]]), format, layouts, around=inner[0])
     keys = [key[:80] for key, _ in items_of(content.tree)]
     what = f"not of the format {format!r}" if format is not None else "of no known format"
-    raise FileFormatError(f"is {what}; it has {listed(keys) or 'nothing'}")
+    where = "" if around is None else f"under {around!r} "
+    raise FileFormatError(f"is {what}; {where}it has {listed(keys) or 'nothing'}")
 
 
 def _best(certain: list[Candidate], content: Content) -> list[Candidate]:
@@ -100,7 +105,7 @@ def _best(certain: list[Candidate], content: Content) -> list[Candidate]:
     if len({one.layout.name for one in best}) == 1 and (len(best) == 1 or all(one.under for one in best)):
         return best
     texts = [f"{one.layout.name!r}{f' under {one.key!r}' if one.under else ''}" for one in best]
-    raise FileFormatError(f"could be of several formats: {' and '.join(texts)}. Choose one by format=")
+    raise FileFormatError(f"could be of several formats: {' and '.join(texts)}", needs=("format",))
 
 
 def _refines(ours: frozenset[str], theirs: frozenset[str]) -> bool:

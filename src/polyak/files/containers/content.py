@@ -13,7 +13,7 @@ from polyak.errors import FileFormatError
 from .archive import is_archive, is_legacy, read_archive, read_legacy
 from .distributed import INDEX, read_distributed
 from .folder import CONFIGURATION, read_indexed, read_json_inside, weights_file
-from .safetensors_file import is_safetensors, read_safetensors
+from .safetensors_header import is_safetensors, read_safetensors
 from .stored import Content, Record, Stored
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
@@ -38,7 +38,7 @@ def open_content(path: str | os.PathLike[str], *, skip_objects: bool = False) ->
     try:
         return _open(target, skip_objects)
     except FileFormatError as error:
-        raise FileFormatError(f"{os.fspath(path)!r} {error}") from error.__cause__
+        raise error.inside(repr(os.fspath(path))) from error.__cause__
     except OSError as error:
         # What a damaged file leads zipfile to has no number; what the system says has one.
         if error.errno is not None and error.filename is not None:

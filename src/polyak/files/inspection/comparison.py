@@ -5,15 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
+from polyak.files.containers import (
+    Leaf,
+    Reader,
+    Region,
+    all_regions,
+    flattened,
+    item_bytes,
+    sizes,
+    spread_regions,
+    wide,
+)
+from polyak.files.dtypes import DTYPES
 
-from polyak.files.containers import Leaf
-
-from .decoding import DTYPES, Array, wide
-from .reading import Files
-from .regions import Region, all_regions, flattened, item_bytes, sizes, spread_regions
+from .account import Distance, NonFiniteTensor
 
 # How many numbers are read at a time: in 64 bits they are still below what an allocator gives back to the system at
 # once, and having it back, page by page, takes several times as long as all that is done here.
@@ -52,7 +59,7 @@ class Row:
 
 def is_looked_at(leaf: Leaf) -> bool:
     """Whether a tensor has numbers that can be compared."""
-    return leaf.dtype in DTYPES and math.prod(leaf.shape) > 0
+    return DTYPES[leaf.dtype].is_inexact and math.prod(leaf.shape) > 0
 
 
 def rows(sets: Mapping[str, Mapping[str, Leaf]]) -> list[Row]:
@@ -69,12 +76,12 @@ def rows(sets: Mapping[str, Mapping[str, Leaf]]) -> list[Row]:
 
 
 def look(
-    files: Files, given: Sequence[Row], *, raw: str, budget: int | None, progress: Callable[[int], None] | None = None
+    reader: Reader, given: Sequence[Row], *, raw: str, budget: int | None, progress: Callable[[int], None] | None = None
 ) -> None:
     """Reads tensors and fills in the sums.
 
     Args:
-        files: reads them.
+        reader: reads them.
         given: the rows.
         raw: the set that the others are compared with.
         budget: bytes that are read at most, about; None for all.
@@ -86,11 +93,11 @@ def look(
         for job in jobs:
             for region in job.regions():
                 for leaf in job.distinct:
-                    files.expect(leaf, region)
+                    reader.expect(leaf, region)
     for job in jobs:
         row = job.row
         for region in job.regions():
-            _add(row, files, job.leaves, region, raw)
+            _add(row, reader, job.leaves, region, raw)
             if progress is not None:
                 progress(math.prod(sizes(region)) * row.num_bytes // row.num_numbers)
 
@@ -129,8 +136,10 @@ class _Job:
         return spread_regions(self.distinct, stretch, share // stretch)
 
 
-def _add(row: Row, files: Files, leaves: Mapping[str, Leaf], region: Region, raw: str) -> None:
-    given = {leaf: files.numbers(leaf, region) for leaf in dict.fromkeys(leaves.values())}
+def _add(row: Row, reader: Reader, leaves: Mapping[str, Leaf], region: Region, raw: str) -> None:
+    import numpy as np
+
+    given = {leaf: reader.array(leaf, region) for leaf in dict.fromkeys(leaves.values())}
     row.num_read += math.prod(sizes(region))
     with np.errstate(all="ignore"):
         numbers = {leaf: wide(values).ravel() for leaf, values in given.items()}
@@ -147,7 +156,60 @@ def _add(row: Row, files: Files, leaves: Mapping[str, Leaf], region: Region, raw
             row.squares[key] = row.squares.get(key, 0.0) + square
 
 
-def _square(numbers: Array) -> float:
+def _square(numbers: Any) -> float:
     """Its norm, squared. Not by BLAS, whose threads wait for each other longer than all of this takes."""
-    parts = cast("Any", numbers).view(np.float64)
+    import numpy as np
+
+    parts = numbers.view(np.float64)
     return float(np.einsum("i,i->", parts, parts))
+
+
+def distances(rows: Iterable[Row], averages: Iterable[str], *, raw: str) -> tuple[Distance, ...]:
+    """Those of each average, of the whole first."""
+    found: list[Distance] = []
+    for average in averages:
+        compared = [row for row in rows if average in row.leaves and raw in row.leaves]
+        if not compared:
+            continue
+        found.append(_distance(average, None, compared, raw))
+        parts: dict[str, list[Row]] = {}
+        for row, part in zip(compared, modules([row.name for row in compared]), strict=True):
+            parts.setdefault(part, []).append(row)
+        found += [_distance(average, part, inside, raw) for part, inside in parts.items()]
+    return tuple(found)
+
+
+def _distance(average: str, module: str | None, rows: Sequence[Row], raw: str) -> Distance:
+    difference = math.fsum(row.scaled(average) for row in rows)
+    size = math.fsum(row.scaled(raw) for row in rows)
+    if not (math.isfinite(difference) and math.isfinite(size)):
+        relative = math.nan
+    elif size == 0:
+        relative = math.inf if difference else 0.0
+    else:
+        relative = math.sqrt(difference / size)
+    return Distance(average, module, relative, sum(row.num_numbers for row in rows), sum(row.num_read for row in rows))
+
+
+def modules(names: Sequence[str]) -> list[str]:
+    """The top-level module of each name; one level deeper, as long as that is the same for all.
+
+    Example:
+        >>> modules(["net.stem.weight", "net.head.weight", "net.head.bias"])
+        ['net.stem', 'net.head', 'net.head']
+    """
+    parts = [name.split(".") for name in names]
+    depth = 1
+    while len({tuple(part[:depth]) for part in parts}) == 1 and all(len(part) > depth + 1 for part in parts):
+        depth += 1
+    return [".".join(part[:depth]) for part in parts]
+
+
+def nonfinite(rows: Iterable[Row]) -> tuple[NonFiniteTensor, ...]:
+    """The tensors with numbers that are none."""
+    return tuple(
+        NonFiniteTensor(key, row.name, num_nan, num_infinite)
+        for row in rows
+        for key, (num_nan, num_infinite) in row.nonfinite.items()
+        if num_nan or num_infinite
+    )
