@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row
+from polyak.kernels import Plan, Row, stochastic
 from polyak.kernels.gpu import launch
 from polyak.kernels.gpu.table import BLOCK, VECTOR, fits, make_chunks, make_table
 
@@ -40,7 +40,7 @@ def row_on_meta(elements, *, source=torch.float32, average=torch.float32, **more
 @pytest.mark.parametrize("first", [0, 5, 2**33 - 1000, 2**34 - 1])
 @pytest.mark.parametrize("elements", [1, 3, 1024, 1030, 8 * BLOCK, 2**31 + 70, 5 * 2**32 + 5])
 def test_chunks_cover_each_element_once_and_cross_no_multiple_of_two_to_the_33(elements, first):
-    row = row_on_meta(elements, source=torch.bfloat16, average=torch.bfloat16, key=1, first=first)
+    row = row_on_meta(elements, source=torch.bfloat16, average=torch.bfloat16, mode=stochastic, key=1, first=first)
     table = make_chunks([row], 8 * BLOCK)
     starts, counts = table[:, 0], table[:, 1] >> 32 & 0xFFFF
     assert int(starts[0]) == 0

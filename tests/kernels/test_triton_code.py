@@ -77,7 +77,7 @@ def test_each_kind_by_itself(source, form):
     check_arithmetic(compiled_update(kind, profiles=2))
 
 
-@pytest.mark.parametrize("form", [form for form, (mode, *_) in enumerate(FORMS) if mode == "stochastic"])
+@pytest.mark.parametrize("form", [form for form, (mode, _) in enumerate(FORMS) if mode.draws])
 def test_two_neighbours_share_a_draw(form):
     """With vectors, a thread draws 4 times for 8 elements; without, for 4, as a chunk may begin at an odd place."""
     for is_vector in (True, False):

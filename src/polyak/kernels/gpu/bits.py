@@ -51,7 +51,7 @@ def _exponent_field(x):
 
 @triton.jit
 def from_fractions(second, first):
-    """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `fractions`."""
+    """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `compensated`."""
     power = _exponent_field(first).to(tl.float32, bitcast=True)
     return second.to(tl.float32) * (power * 1.8189894035458565e-12)
 

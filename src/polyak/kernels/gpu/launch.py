@@ -14,6 +14,7 @@ import torch
 from polyak.errors import outside
 from polyak.kernels.choice import is_interpreted
 from polyak.kernels.eager import Staged
+from polyak.kernels.modes import MODES
 from polyak.kernels.row import Row
 
 from .control import Control
@@ -61,9 +62,12 @@ def _problem_on(device: torch.device) -> str:
 def _samples(device: torch.device) -> list[Row]:
     """A row of each mode."""
     source = torch.arange(-20.0, 20.0, device=device) / 7
-    rows = [torch.full_like(source, 0.3), torch.full_like(source, 0.3), torch.full_like(source, 0.3).bfloat16()]
-    second = torch.full_like(source, 99, dtype=torch.int16)
-    return [Row("", source, (rows[0],)), Row("", source, (rows[1],), (second,)), Row("", source, (rows[2],), key=1)]
+    rows: list[Row] = []
+    for mode in MODES:
+        average = torch.full_like(source, 0.3, dtype=mode.in_triton[0])
+        beside = mode.beside(average)
+        rows.append(Row("", source, (average,), mode, () if beside is None else (beside.fill_(99),), mode.key("")))
+    return rows
 
 
 def is_supported(row: Row) -> bool:

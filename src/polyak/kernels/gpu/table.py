@@ -1,6 +1,6 @@
 """The table that a Triton kernel goes through: what it needs to know of rows and of their chunks, in device memory.
 
-A row has 64-bit columns: source, key, first, averages, second terms (the addresses of the tensors; 0 for none).
+A row has 64-bit columns: source, key, first, averages, what is kept beside them (the addresses of tensors; 0 for none).
 A chunk has two: where it starts in its row, in elements; and the number of the row, the number of elements and the
 kind, 32, 16 and 16 bits from the lowest on.
 """
@@ -13,18 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyak.kernels import fractions
+from polyak.kernels.modes import MODES
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-# Mode, dtype of the averages, dtype of the second terms. The numbers of both lists are known to the kernel.
-FORMS = (
-    ("plain", torch.float32, None),
-    ("compensated", torch.float32, fractions.DTYPE),
-    ("stochastic", torch.bfloat16, None),
-    ("stochastic", torch.float16, None),
-)
+# Mode and dtype of the averages. The numbers of both lists are known to the kernel.
+FORMS = tuple((mode, dtype) for mode in MODES for dtype in mode.in_triton)
 # Elements of one access of a thread: 16 bytes of float32, 8 of the others. A wider one for 16 bits would have to be
 # shuffled between threads wherever it meets float32.
 VECTOR = 4
@@ -58,10 +53,9 @@ class Table:
 
 def fits(row: Row) -> bool:
     """Whether the kernel can update these averages from this source, given that it can run on their device."""
-    average, *_ = row.averages
     return (
         row.source.dtype in SOURCES
-        and (row.mode, average.dtype, row.seconds[0].dtype if row.seconds else None) in FORMS
+        and row.averages[0].dtype in row.mode.in_triton
         and all(is_dense(tensor) and not tensor.is_neg() for tensor in row.tensors)
         and all(tensor.device == row.source.device for tensor in row.tensors)
         and all(strides(tensor) == strides(row.source) for tensor in row.tensors)
@@ -95,20 +89,19 @@ def strides(tensor: Tensor) -> list[int]:
 
 
 def _record(row: Row) -> list[int]:
-    key = row.key or 0
-    seconds = [second.data_ptr() for second in row.seconds] or [0] * len(row.averages)
     averages = [average.data_ptr() for average in row.averages]
-    return [row.source.data_ptr(), key - (key >> 63 << 64), row.first, *averages, *seconds]
+    beside = [tensor.data_ptr() for tensor in row.beside] or [0] * len(averages)
+    return [row.source.data_ptr(), row.key - (row.key >> 63 << 64), row.first, *averages, *beside]
 
 
 def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
     """The chunks of one row: those that vectors can read, and what is left over or not aligned."""
-    form = FORMS.index((row.mode, row.averages[0].dtype, row.seconds[0].dtype if row.seconds else None))
+    form = FORMS.index((row.mode, row.averages[0].dtype))
     kind = 2 * (SOURCES.index(row.source.dtype) + len(SOURCES) * form)
     for start, stop in _segments(row):
         aligned = all((t.data_ptr() + start * t.element_size()) % (VECTOR * t.element_size()) == 0 for t in row.tensors)
         # Vectors hold whole pairs of neighbours, which share their random bits.
-        aligned = aligned and (row.mode != "stochastic" or (row.first + start) % 2 == 0)
+        aligned = aligned and (not row.mode.draws or (row.first + start) % 2 == 0)
         # A small tensor of an odd size is one chunk, not two.
         whole = stop - start >= BLOCK or (stop - start) % VECTOR == 0
         middle = start + (stop - start) // VECTOR * VECTOR if aligned and whole else start

@@ -13,7 +13,7 @@ from typing import Any
 from polyak.errors import outside
 
 # Of the functions and structures in C; it must equal the number in memory.c.
-_VERSION = 2
+_VERSION = 3
 
 
 @functools.cache
