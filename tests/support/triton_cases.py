@@ -14,6 +14,7 @@ from polyak.kernels import Plan, Row, compensated, rounding, stochastic
 from polyak.kernels.eager import Staged
 from polyak.kernels.gpu import launch, table
 from polyak.kernels.gpu.launch import Triton
+from polyak.kernels.modes import MODES
 from polyak.kernels.row import real_rows
 from reference import modes
 
@@ -36,7 +37,7 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call_quickly
 
 SOURCES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = table.FORMS
+FORMS = [(mode, dtype) for mode in MODES for dtype in mode.in_triton]
 LAYOUTS = {
     "contiguous": lambda t: t,
     "odd": lambda t: t.flatten()[:51].clone(),

@@ -12,6 +12,7 @@ import torch
 
 from polyak.kernels.rounding import mix64
 
+from .encoding import LEAVES, MADE, MIXED_SEED, SKIPPED, STEP_KEY, VERDICT, signed
 from .seen import Seen
 
 
@@ -37,20 +38,18 @@ class Control:
         pending: Sequence[float] = (),
         number: int = 0,
     ) -> None:
-        mixed = mix64(seed)
         self.device = device
         self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.weights = torch.full((num_profiles,), -1.0, device=device)
+        self.weights = torch.full((num_profiles,), LEAVES, device=device)
         # With a minus, so that one operation gives the weight, with another minus: expm1(-growth). The last is no
         # growth, and says by not being zero that an update is due.
         before = [-growth for growth in pending] or [0.0] * num_profiles
         self.minus_pending = torch.tensor([*before, 0.0], dtype=torch.float64, device=device)
         self.minus_weights = torch.zeros(num_profiles + 1, dtype=torch.float64, device=device)
-        # Updates made, updates left out, the key of the update to come, the mixed seed, the last verdict.
-        counts = [number, 0, 0, mixed - (mixed >> 63 << 64), 0]
-        self.counts = torch.tensor(counts, dtype=torch.int64, device=device)
+        counts = {MADE: number, SKIPPED: 0, STEP_KEY: 0, MIXED_SEED: signed(mix64(seed)), VERDICT: 0}
+        self.counts = torch.tensor([counts[each] for each in sorted(counts)], dtype=torch.int64, device=device)
         self._each = list(self.minus_pending.unbind())
-        self._skipped = Seen(self.counts[1:2])
+        self._skipped = Seen(self.counts[SKIPPED : SKIPPED + 1])
 
     def add(self, growths: Sequence[float]) -> None:
         """Adds growth, one a profile, for an update that is due; it travels in the arguments of a launch."""
@@ -71,7 +70,7 @@ class Control:
         """
         self.note_skipped()  # before the copies that are waited for, on the same stream
         # Not -0.0 for nothing.
-        return [0.0 - float(minus) for minus in self.minus_pending[:-1].cpu()], int(self.counts[0])
+        return [0.0 - float(minus) for minus in self.minus_pending[:-1].cpu()], int(self.counts[MADE])
 
 
 def is_capturing() -> bool:

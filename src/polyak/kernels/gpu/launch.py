@@ -18,6 +18,7 @@ from polyak.kernels.modes import MODES
 from polyak.kernels.row import Row
 
 from .control import Control
+from .encoding import AVERAGE_UNIT, COPIES, LEAVES, digits
 from .table import fits, make_table
 
 # The oldest that Triton makes code for.
@@ -96,7 +97,7 @@ class Triton:
         self._update: Any = import_module("polyak.kernels.gpu.update")
         self._skip: Any = import_module("polyak.kernels.gpu.skip")
         self._constants = {
-            "KINDS": table.kinds,
+            "KINDS": tuple(map(digits, table.kinds)),
             "PROFILES": table.num_profiles,
             "BLOCK": table.block,
             "INTERPRETED": is_interpreted(),
@@ -122,7 +123,7 @@ class Triton:
                 self._table.chunks,
                 control.flag,
                 self._bad_rows,
-                SOURCES=tuple(sorted({kind % 6 for kind in self._table.kinds})),
+                SOURCES=tuple(map(digits, sorted({kind % AVERAGE_UNIT for kind in self._table.kinds}))),
                 PROFILES=self._table.num_profiles,
                 BLOCK=self._table.block,
                 **OPTIONS,
@@ -166,5 +167,5 @@ def here(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _encoded(weight: float) -> float:
-    """The weight as the kernel takes it: what rounds to 0 or 1 in float32 is another thing than 0 and 1."""
-    return {0.0: -1.0, 1.0: 2.0}.get(weight, float(weight))
+    """The weight as the kernel takes it."""
+    return {0.0: LEAVES, 1.0: COPIES}.get(weight, float(weight))
