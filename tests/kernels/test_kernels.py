@@ -21,11 +21,10 @@ from polyak.kernels import (
     stochastic,
 )
 from polyak.kernels import pieces as pieces_room
-from polyak.kernels.checksum import _checksum
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
-from polyak.kernels.native import chunks as chunks_room
-from polyak.kernels.native import compiled, crew
+from polyak.kernels.native import compiled, work
 from polyak.kernels.pieces import cut, is_dense
+from polyak.kernels.sums import _checksum
 from reference import modes
 
 LAYOUTS = {
@@ -98,7 +97,7 @@ CASES = [(mode, *dtypes) for mode in (plain, compensated, stochastic) for dtypes
 def test_every_mode_layout_and_weight_and_several_averages(mode, source_dtype, dtype, elements, kernels, monkeypatch):
     if elements is not None:
         monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
-        monkeypatch.setattr(chunks_room, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(work, "CHUNK_ELEMENTS", elements)
     sources = {name: layout(random(source_dtype, 12, 35)) for name, layout in LAYOUTS.items()}
     before = zoo.clone(sources)
     # The reference rounds element by element, which takes its time.
@@ -390,7 +389,7 @@ def test_a_device_takes_the_sum_of_a_tensor_in_few_launches(device, shape, parts
 )
 def test_threads_share_uneven_work_and_leave_nothing_out(sizes, num_threads, monkeypatch):
     """Each chunk is done once: an exchange that is done twice, and an update, would show."""
-    monkeypatch.setattr(crew.Crew, "size", lambda self, num_elements: num_threads)
+    monkeypatch.setattr(work.Crew, "size", lambda self, num_elements: num_threads)
     one, other = [random(torch.float32, size) for size in sizes], [torch.zeros(size) for size in sizes]
     kept = [tensor.clone() for tensor in one]
     Journal(exchange(one, other)[0]).run()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from polyak.kernels import Plan, Row, native, stochastic
-from polyak.kernels.native import crew
+from polyak.kernels.native import work
 from reference import modes
 
 HALF = [torch.bfloat16, torch.float16]
@@ -93,7 +93,7 @@ class TestCuts:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                monkeypatch.setattr(crew.CREW, "_alone", 0)  # an earlier call may have waited
+                monkeypatch.setattr(work.CREW, "_alone", 0)  # an earlier call may have waited
                 found.append(updated(average, source, 0.01, kernel="native"))
         finally:
             torch.set_num_threads(before)

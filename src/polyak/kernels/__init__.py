@@ -1,9 +1,6 @@
 """Arithmetic on lists of plain tensors: kernels know no modules and no profiles."""
 
-from .checksum import Checksums as Checksums
-from .checksum import checksums as checksums
 from .copies import Copies as Copies
-from .finite import FiniteTest as FiniteTest
 from .gpu import Control as Control
 from .gpu import SettledCopies as SettledCopies
 from .gpu import Triton as Triton
@@ -40,3 +37,6 @@ from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of
 from .row import Row as Row
+from .sums import Checksums as Checksums
+from .sums import FiniteTest as FiniteTest
+from .sums import checksums as checksums

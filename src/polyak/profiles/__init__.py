@@ -2,10 +2,10 @@
 
 from .base import Profile as Profile
 from .decays import register_schedule as register_schedule
-from .description import profile_from_description as profile_from_description
 from .exponential import Exponential as Exponential
-from .naming import named_profiles as named_profiles
 from .power import Power as Power
+from .registry import named_profiles as named_profiles
+from .registry import profile_from_description as profile_from_description
 from .schedule import Schedule as Schedule
 from .uniform import Uniform as Uniform
 from .units import decay_to_relative_std as decay_to_relative_std

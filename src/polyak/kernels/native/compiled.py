@@ -12,7 +12,7 @@ from typing import Any
 
 from polyak.errors import outside
 
-# Of the functions and structures in C; it must equal the number in memory.c.
+# Of the functions and structures in C; it must equal the number in passes.c.
 _VERSION = 3
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
-from .chunks import Work, cut_into_chunks, integers
 from .compiled import function
-from .crew import CREW
+from .work import CREW, Work, cut_into_chunks, integers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
