@@ -11,7 +11,7 @@ FOLDER = "src/polyak/kernels/native"
 # bits depend on trapping math, but with it GCC leaves loops that compare numbers without vectors.
 native = Extension(
     "polyak.kernels.native._native",
-    [f"{FOLDER}/update.c", f"{FOLDER}/memory.c", f"{FOLDER}/look.c"],
+    [f"{FOLDER}/update.c", f"{FOLDER}/passes.c", f"{FOLDER}/look.c"],
     depends=[f"{FOLDER}/common.h", f"{FOLDER}/rounding.h"],
     extra_compile_args=[
         "-O3",

@@ -189,42 +189,43 @@ def test_public_names():
     assert set(polyak.__all__) == {
         "Attachment",
         "Average",
+        "AverageReport",
         "Checkpoint",
         "Conversion",
+        "EntryReport",
         "Exponential",
         "FileFormatError",
         "MismatchError",
         "ModelEma",
+        "Plan",
         "PolyakError",
         "Power",
         "Profile",
         "Report",
+        "Rules",
         "Schedule",
         "StateError",
+        "Tensors",
         "Uniform",
         "WeightAverage",
         "convert",
         "dead_zone",
-        "decay_to_half_life",
-        "decay_to_mean_age",
-        "decay_to_relative_std",
-        "exponent_to_mean_age",
-        "exponent_to_relative_std",
         "formats",
-        "half_life_to_decay",
         "lerp_",
         "load",
-        "mean_age_to_decay",
-        "mean_age_to_exponent",
         "profile_from_description",
+        "profiles",
         "read",
         "recalibrate_batchnorm",
         "register_schedule",
-        "relative_std_to_decay",
-        "relative_std_to_exponent",
         "save",
-        "scale_decay",
     }
+
+
+def test_the_profiles_are_there_after_a_bare_import_and_without_torch():
+    code = "import sys, polyak; print(polyak.profiles.scale_decay(0.5, 2), 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0.25", "False"]
 
 
 @pytest.mark.protects

@@ -21,7 +21,9 @@ except _PackageNotFoundError:  # in a checkout that is not installed
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(_import_module(_MODULES[name], __name__), name)
+    module = _MODULES[name]
+    # A package of its own stands in the list as `from . import name`.
+    value = _import_module(f".{name}", __name__) if module == "." else getattr(_import_module(module, __name__), name)
     globals()[name] = value
     return value
 

@@ -2,12 +2,12 @@
 
 import torch
 
-from polyak.kernels.native import crew
+from polyak.kernels.native import work
 
 
 def test_as_many_as_there_is_work_for(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    sizes = [crew.Crew().size(count) for count in (1, 32767, 32768, 65536, 98304, 10**9)]
+    sizes = [work.Crew().size(count) for count in (1, 32767, 32768, 65536, 98304, 10**9)]
     assert sizes == [1, 1, 2, 3, 4, 4]
 
 
@@ -23,7 +23,7 @@ def alone_after_a_wait(found):
 
 def test_alone_after_a_wait_and_longer_if_the_next_comes_soon(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found, alone = crew.Crew(), []
+    found, alone = work.Crew(), []
     for _ in range(9):
         alone.append(alone_after_a_wait(found))
         for _ in range(255):
@@ -36,7 +36,7 @@ def test_alone_after_a_wait_and_longer_if_the_next_comes_soon(monkeypatch):
 
 def test_large_calls_may_take_their_time(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    found = crew.Crew()
+    found = work.Crew()
     found.took(80_000_000, 1 << 24)
     assert found.size(1 << 20) == 2
     found.took(8_000_000, 1 << 20)

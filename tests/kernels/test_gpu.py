@@ -9,7 +9,7 @@ from torch import nn
 
 import polyak
 from has_gpu import CAN_RUN
-from polyak.kernels import Plan, Row, rounding
+from polyak.kernels import Plan, Row, rounding, stochastic
 
 MARKS = [pytest.mark.gpu, pytest.mark.skipif(not CAN_RUN, reason="needs a GPU that CUDA can use, and Triton")]
 pytestmark = MARKS
@@ -111,7 +111,8 @@ def test_the_bits_of_the_cpu_on_larger_tensors(compiled):
             row.name,
             row.source.cpu(),
             tuple(t.cpu() for t in row.averages),
-            tuple(t.cpu() for t in row.seconds),
+            row.mode,
+            tuple(t.cpu() for t in row.beside),
             key=row.key,
         )
         for row in rows
@@ -141,12 +142,12 @@ def test_more_than_two_to_the_31_elements(compiled):
     whole = torch.randn(size, device="cuda", dtype=torch.bfloat16)
     parts = whole.clone()
     first = 2**33 - 1000
-    Triton([Row("x", source, (whole,), key=5, first=first)]).run([0.1], cases.STEP)
+    Triton([Row("x", source, (whole,), stochastic, key=5, first=first)]).run([0.1], cases.STEP)
     rows = [
-        Row("x", source[:middle], (parts[:middle],), key=5, first=first),
-        Row("x", source[middle:], (parts[middle:],), key=5, first=first + middle),
+        Row("x", source[:middle], (parts[:middle],), stochastic, key=5, first=first),
+        Row("x", source[middle:], (parts[middle:],), stochastic, key=5, first=first + middle),
     ]
-    tail = cases.clone(Row("x", source[-70:], (parts[-70:],), key=5, first=first + size - 70))
+    tail = cases.clone(Row("x", source[-70:], (parts[-70:],), stochastic, key=5, first=first + size - 70))
     right = cases.expected(tail, [0.1])
     Triton(rows).run([0.1], cases.STEP)
     assert torch.equal(whole, parts)

@@ -7,13 +7,24 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zoo
-from polyak.kernels import Journal, Plan, Row, average_dtype, checksums, dead_zone, exchange, native
+from polyak.kernels import (
+    Journal,
+    Plan,
+    Row,
+    average_dtype,
+    checksums,
+    compensated,
+    dead_zone,
+    exchange,
+    native,
+    plain,
+    stochastic,
+)
 from polyak.kernels import pieces as pieces_room
-from polyak.kernels.checksum import _checksum
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
-from polyak.kernels.native import chunks as chunks_room
-from polyak.kernels.native import compiled, crew
+from polyak.kernels.native import compiled, work
 from polyak.kernels.pieces import cut, is_dense
+from polyak.kernels.sums import _checksum
 from reference import modes
 
 LAYOUTS = {
@@ -43,10 +54,10 @@ FIRST = 2**33 - 101  # an odd place, and pairs on both sides of 2 ** 32
 
 def dtypes_of(mode):
     """Sources and averages."""
-    if mode == "stochastic":
+    if mode is stochastic:
         averages = [torch.float16, torch.bfloat16]
         return [(source, average) for source in DTYPES if not source.is_complex for average in averages]
-    if mode == "compensated":
+    if mode is compensated:
         wide = {torch.complex64: torch.complex64, torch.complex128: None}
         return [(source, wide.get(source, torch.float32)) for source in DTYPES if wide.get(source, 1)]
     real = [(source, average) for source in DTYPES[:4] for average in (torch.float32, torch.float64)]
@@ -57,30 +68,26 @@ def make_row(mode, name, source, average_dtype, num_averages):
     averages = tuple(torch.randn_like(source, dtype=torch.float32).to(average_dtype) for _ in range(num_averages))
     if average_dtype.is_complex:
         averages = tuple(torch.randn_like(source, dtype=average_dtype) for _ in averages)
-    if mode == "stochastic":
-        return Row(name, source, averages, key=modes.entry_key(name), first=FIRST)
-    if mode == "compensated":
+    if mode is stochastic:
+        return Row(name, source, averages, mode, key=modes.entry_key(name), first=FIRST)
+    if mode is compensated:
         pairs = [torch.view_as_real(average) if average.is_complex() else average for average in averages]
-        return Row(
-            name,
-            source,
-            averages,
-            tuple(torch.randint_like(pair, -(1 << 15), 1 << 15).to(torch.int16) for pair in pairs),
-        )
+        seconds = tuple(torch.randint_like(pair, -(1 << 15), 1 << 15).to(torch.int16) for pair in pairs)
+        return Row(name, source, averages, mode, seconds)
     return Row(name, source, averages)
 
 
 def expected_of(row, number, weight):
     """An average, and its second term, after an update of its own."""
     average = row.averages[number]
-    if row.mode == "stochastic":
+    if row.mode is stochastic:
         return modes.stochastic(average, row.source, weight, STEP, row.key, row.first), None
-    if row.mode == "compensated":
-        return modes.compensated(average, row.seconds[number], row.source, weight)
+    if row.mode is compensated:
+        return modes.compensated(average, row.beside[number], row.source, weight)
     return modes.lerp(average, row.source, weight), None
 
 
-CASES = [(mode, *dtypes) for mode in ("plain", "compensated", "stochastic") for dtypes in dtypes_of(mode)]
+CASES = [(mode, *dtypes) for mode in (plain, compensated, stochastic) for dtypes in dtypes_of(mode)]
 
 
 @pytest.mark.protects
@@ -90,11 +97,11 @@ CASES = [(mode, *dtypes) for mode in ("plain", "compensated", "stochastic") for 
 def test_every_mode_layout_and_weight_and_several_averages(mode, source_dtype, dtype, elements, kernels, monkeypatch):
     if elements is not None:
         monkeypatch.setattr(pieces_room, "_CPU_ELEMENTS", elements)
-        monkeypatch.setattr(chunks_room, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(work, "CHUNK_ELEMENTS", elements)
     sources = {name: layout(random(source_dtype, 12, 35)) for name, layout in LAYOUTS.items()}
     before = zoo.clone(sources)
     # The reference rounds element by element, which takes its time.
-    runs = [(1e-4, 0.7), (1.0, 0.0)] if mode == "stochastic" else list(zip(WEIGHTS, reversed(WEIGHTS), strict=True))
+    runs = [(1e-4, 0.7), (1.0, 0.0)] if mode is stochastic else list(zip(WEIGHTS, reversed(WEIGHTS), strict=True))
     for weights in runs:
         rows = [make_row(mode, name, source, dtype, 2) for name, source in sources.items()]
         expected = [[expected_of(row, number, weight) for number, weight in enumerate(weights)] for row in rows]
@@ -102,7 +109,7 @@ def test_every_mode_layout_and_weight_and_several_averages(mode, source_dtype, d
         for row, right in zip(rows, expected, strict=True):
             for number, (average, second) in enumerate(right):
                 assert torch.equal(row.averages[number], average), (row.name, weights)
-                assert second is None or torch.equal(row.seconds[number], second), (row.name, weights)
+                assert second is None or torch.equal(row.beside[number], second), (row.name, weights)
     assert zoo.bit_equal(sources, before)
 
 
@@ -116,7 +123,7 @@ def test_a_conjugate_view_counts_as_what_it_shows(mode, source_dtype, dtype, sha
     Plan([row], kernels=kernels).run([0.25, 0.25])
     for number, (average, second) in enumerate(right):
         assert torch.equal(row.averages[number], average)
-        assert second is None or torch.equal(row.seconds[number], second)
+        assert second is None or torch.equal(row.beside[number], second)
 
 
 @pytest.mark.protects
@@ -382,7 +389,7 @@ def test_a_device_takes_the_sum_of_a_tensor_in_few_launches(device, shape, parts
 )
 def test_threads_share_uneven_work_and_leave_nothing_out(sizes, num_threads, monkeypatch):
     """Each chunk is done once: an exchange that is done twice, and an update, would show."""
-    monkeypatch.setattr(crew.Crew, "size", lambda self, num_elements: num_threads)
+    monkeypatch.setattr(work.Crew, "size", lambda self, num_elements: num_threads)
     one, other = [random(torch.float32, size) for size in sizes], [torch.zeros(size) for size in sizes]
     kept = [tensor.clone() for tensor in one]
     Journal(exchange(one, other)[0]).run()

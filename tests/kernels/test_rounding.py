@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row, native
-from polyak.kernels.native import crew
+from polyak.kernels import Plan, Row, native, stochastic
+from polyak.kernels.native import work
 from reference import modes
 
 HALF = [torch.bfloat16, torch.float16]
@@ -22,7 +22,7 @@ each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 def updated(average, source, weight, *, kernel=None, first=0, number=3):
     found = average.clone()
-    row = Row("x", source, (found,), key=KEY, first=first)
+    row = Row("x", source, (found,), stochastic, key=KEY, first=first)
     Plan([row], kernels=kernel and [kernel], seed=7).run([weight], number)
     return found
 
@@ -93,7 +93,7 @@ class TestCuts:
         try:
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
-                monkeypatch.setattr(crew.CREW, "_alone", 0)  # an earlier call may have waited
+                monkeypatch.setattr(work.CREW, "_alone", 0)  # an earlier call may have waited
                 found.append(updated(average, source, 0.01, kernel="native"))
         finally:
             torch.set_num_threads(before)
@@ -104,7 +104,7 @@ class TestCuts:
     def test_averages_of_one_model_share_their_bits(self, kernel):
         average, source = made(torch.bfloat16, 1001)
         averages = tuple(average.clone() for _ in range(3))
-        Plan([Row("x", source, averages, key=KEY)], kernels=[kernel], seed=7).run([0.01, 0.0, 0.01], 3)
+        Plan([Row("x", source, averages, stochastic, key=KEY)], kernels=[kernel], seed=7).run([0.01, 0.0, 0.01], 3)
         assert torch.equal(averages[0], updated(average, source, 0.01, kernel=kernel))
         assert torch.equal(averages[0], averages[2])
         assert torch.equal(averages[1], average)

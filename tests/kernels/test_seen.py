@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from polyak.kernels.gpu import seen
+from polyak.kernels.gpu import control
 
 
 class Device:
@@ -12,7 +12,7 @@ class Device:
     def __init__(self, monkeypatch):
         self.number = torch.zeros(1, dtype=torch.int64)
         self._recorded = []
-        monkeypatch.setattr(seen, "new_event", lambda device: Event(self._recorded))
+        monkeypatch.setattr(control, "new_event", lambda device: Event(self._recorded))
 
     def do(self, count):
         """Does the oldest pieces of work."""
@@ -44,7 +44,7 @@ def device(monkeypatch):
 @pytest.mark.protects
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
 def test_all_is_known_when_the_device_is_done(steps, device):
-    found = seen.Seen(device.number)
+    found = control.Seen(device.number)
     for number in range(1, steps + 1):
         device.number.fill_(number)
         found.order()
@@ -55,7 +55,7 @@ def test_all_is_known_when_the_device_is_done(steps, device):
 
 @pytest.mark.protects
 def test_a_host_that_is_always_ahead_learns_something(device):
-    found = seen.Seen(device.number)
+    found = control.Seen(device.number)
     known = []
     for number in range(1, 31):
         device.number.fill_(number)
@@ -70,7 +70,7 @@ def test_a_host_that_is_always_ahead_learns_something(device):
 
 def test_on_a_cpu_all_is_known_at_once():
     number = torch.zeros(1, dtype=torch.int64)
-    found = seen.Seen(number)
+    found = control.Seen(number)
     number.fill_(3)
     found.order()
     assert found.read() == 3

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row
+from polyak.kernels import Plan, Row, stochastic
 from polyak.kernels.gpu import launch
-from polyak.kernels.gpu.table import BLOCK, VECTOR, fits, make_chunks, make_table
+from polyak.kernels.gpu.encoding import COUNT_MASK, COUNT_SHIFT, KIND_SHIFT, ROW_MASK, SOURCE_UNIT, VECTOR_SIZE
+from polyak.kernels.gpu.table import BLOCK, fits, make_chunks, make_table
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -40,25 +41,25 @@ def row_on_meta(elements, *, source=torch.float32, average=torch.float32, **more
 @pytest.mark.parametrize("first", [0, 5, 2**33 - 1000, 2**34 - 1])
 @pytest.mark.parametrize("elements", [1, 3, 1024, 1030, 8 * BLOCK, 2**31 + 70, 5 * 2**32 + 5])
 def test_chunks_cover_each_element_once_and_cross_no_multiple_of_two_to_the_33(elements, first):
-    row = row_on_meta(elements, source=torch.bfloat16, average=torch.bfloat16, key=1, first=first)
+    row = row_on_meta(elements, source=torch.bfloat16, average=torch.bfloat16, mode=stochastic, key=1, first=first)
     table = make_chunks([row], 8 * BLOCK)
-    starts, counts = table[:, 0], table[:, 1] >> 32 & 0xFFFF
+    starts, counts = table[:, 0], table[:, 1] >> COUNT_SHIFT & COUNT_MASK
     assert int(starts[0]) == 0
     assert torch.equal(starts[1:], (starts + counts)[:-1])
     assert int(starts[-1] + counts[-1]) == elements
     assert int(counts.min()) > 0
     assert int(counts.max()) <= 8 * BLOCK
     assert torch.equal((starts + first) >> 33, (starts + first + counts - 1) >> 33)
-    vectors = table[table[:, 1] >> 48 & 1 == 1]
-    assert not (vectors[:, 0] % VECTOR).any()
+    vectors = table[(table[:, 1] >> KIND_SHIFT) % SOURCE_UNIT == 1]
+    assert not (vectors[:, 0] % VECTOR_SIZE).any()
     assert not ((vectors[:, 0] + first) % 2).any()
-    assert not ((vectors[:, 1] >> 32 & 0xFFFF) % VECTOR).any()
+    assert not ((vectors[:, 1] >> COUNT_SHIFT & COUNT_MASK) % VECTOR_SIZE).any()
 
 
 def test_small_tensors_are_one_chunk_each():
     rows = [row_on_meta(elements) for elements in (1024, 10, 0, 8 * BLOCK + 2)]
     found = [
-        (start, packed & 0xFFFFFFFF, packed >> 32 & 0xFFFF, bool(packed >> 48 & 1))
+        (start, packed & ROW_MASK, packed >> COUNT_SHIFT & COUNT_MASK, bool((packed >> KIND_SHIFT) % SOURCE_UNIT))
         for start, packed in make_chunks(rows, 8 * BLOCK).tolist()
     ]
     assert found == [

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import polyak
 import zoo
 from polyak.kernels import native, tried_way
-from polyak.kernels.native import crew, trial
+from polyak.kernels.native import trial, work
 from polyak.kernels.native import way as asking
 from polyak.model.watch import Watch
 
@@ -377,7 +377,7 @@ def test_a_forked_process_sees_changes():
 def test_a_forked_process_does_not_wait_for_threads_of_its_parent(monkeypatch):
     model = nn.ParameterList(torch.randn(64, 64) for _ in range(1000))
     average = polyak.WeightAverage(model, polyak.Exponential(0.5))
-    monkeypatch.setattr(crew.CREW, "_alone", 0)  # an earlier call may have waited
+    monkeypatch.setattr(work.CREW, "_alone", 0)  # an earlier call may have waited
     for _ in range(20):
         average.update()
     state = average.state_dict()

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row, rounding
+from polyak.kernels import Plan, Row, plain, rounding
 from polyak.kernels.gpu import launch
 from polyak.kernels.gpu.control import Control
 from polyak.kernels.gpu.copies import SettledCopies, can_copy
@@ -91,7 +91,7 @@ class TestControl:
     @pytest.mark.protects
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     def test_finds_what_is_not_finite_anywhere(self, value):
-        rows = [row for row in make_rows("odd", "unaligned") if row.mode == "plain"]
+        rows = [row for row in make_rows("odd", "unaligned") if row.mode is plain]
         largest = {dtype: torch.finfo(dtype).max for dtype in SOURCES}
         for row in rows:
             row.source.fill_(-largest[row.source.dtype])

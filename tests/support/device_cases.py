@@ -10,7 +10,7 @@ import torch
 import polyak
 import zoo
 from polyak.average import core as core_module
-from polyak.kernels.gpu import seen
+from polyak.kernels.gpu import control
 from polyak.store import OnDevice
 from polyak.store.updates.inline import Inline
 
@@ -95,7 +95,7 @@ def finish(monkeypatch):
     if DEVICE.type == "cuda":
         return torch.cuda.synchronize
     events = []
-    monkeypatch.setattr(seen, "new_event", lambda device: events.append(LateEvent()) or events[-1])
+    monkeypatch.setattr(control, "new_event", lambda device: events.append(LateEvent()) or events[-1])
     return lambda: [setattr(event, "is_over", True) for event in events]
 
 

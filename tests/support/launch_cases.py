@@ -11,7 +11,7 @@ import struct
 import pytest
 import torch
 
-from polyak.kernels import Row, rounding
+from polyak.kernels import Row, compensated, rounding, stochastic
 from polyak.kernels.gpu.control import Control
 from polyak.kernels.gpu.copies import SettledCopies
 from polyak.kernels.gpu.launch import OPTIONS, Triton
@@ -84,8 +84,8 @@ def rows():
     seconds = tuple(torch.zeros_like(source, dtype=torch.int16) for _ in range(2))
     return [
         Row("plain", source, averages[0]),
-        Row("compensated", source, averages[1], seconds),
-        Row("stochastic", source, averages[2], key=1),
+        Row("compensated", source, averages[1], compensated, seconds),
+        Row("stochastic", source, averages[2], stochastic, key=1),
     ]
 
 

@@ -10,10 +10,11 @@ import itertools
 import pytest
 import torch
 
-from polyak.kernels import Plan, Row, rounding
+from polyak.kernels import Plan, Row, compensated, rounding, stochastic
 from polyak.kernels.eager import Staged
 from polyak.kernels.gpu import launch, table
 from polyak.kernels.gpu.launch import Triton
+from polyak.kernels.modes import MODES
 from polyak.kernels.row import real_rows
 from reference import modes
 
@@ -36,7 +37,7 @@ if INTERPRETED:
     interpreter.InterpretedFunction.__call__ = _call_quickly
 
 SOURCES = [torch.float32, torch.bfloat16, torch.float16]
-FORMS = table.FORMS
+FORMS = [(mode, dtype) for mode in MODES for dtype in mode.in_triton]
 LAYOUTS = {
     "contiguous": lambda t: t,
     "odd": lambda t: t.flatten()[:51].clone(),
@@ -52,7 +53,7 @@ STEP = rounding.step_key(7, 3)
 
 def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
     """A row of one form, with averages about the source and every second term."""
-    mode, dtype, second_dtype = form
+    mode, dtype = form
 
     def like_source(values, dtype):
         # Of the layout of the source, and as unaligned.
@@ -62,8 +63,8 @@ def make_row(source, form, *, profiles=1, name="x", spread=1.0, **more):
     noise = [torch.randn(source.shape, device=DEVICE) * spread for _ in range(profiles)]
     averages = tuple(like_source(source.float() + part, dtype) for part in noise)
     units = [torch.randint(-(1 << 15), 1 << 15, source.shape, device=DEVICE) for _ in range(profiles)]
-    seconds = tuple(like_source(part, second_dtype) for part in units) if second_dtype else ()
-    return Row(name, source, averages, seconds, key=rounding.tensor_key(name) if mode == "stochastic" else None, **more)
+    beside = tuple(like_source(part, torch.int16) for part in units) if mode is compensated else ()
+    return Row(name, source, averages, mode, beside, mode.key(name), **more)
 
 
 def make_rows(*layouts, profiles=1, spread=1.0):
@@ -86,20 +87,20 @@ def clone(row):
     """The same row with averages of its own."""
     return row._replace(
         averages=tuple(torch.empty_like(t).copy_(t) for t in row.averages),
-        seconds=tuple(torch.empty_like(t).copy_(t) for t in row.seconds),
+        beside=tuple(torch.empty_like(t).copy_(t) for t in row.beside),
     )
 
 
 def expected(row, weights, step=STEP):
     """The averages and second terms of a row after an update, one tensor at a time, on the CPU."""
     source = row.source.cpu()
-    if row.mode == "compensated":
+    if row.mode is compensated:
         pairs = [
             modes.compensated(average.cpu(), second.cpu(), source, weight)
-            for average, second, weight in zip(row.averages, row.seconds, weights, strict=True)
+            for average, second, weight in zip(row.averages, row.beside, weights, strict=True)
         ]
         return [*(pair[0] for pair in pairs), *(pair[1] for pair in pairs)]
-    if row.mode == "stochastic":
+    if row.mode is stochastic:
         return [
             modes.stochastic(average.cpu(), source, weight, step, row.key, row.first)
             for average, weight in zip(row.averages, weights, strict=True)
@@ -119,7 +120,7 @@ def bits(tensor):
 
 
 def assert_same(row, tensors, hint=None):
-    for found, right in zip((*row.averages, *row.seconds), tensors, strict=True):
+    for found, right in zip((*row.averages, *row.beside), tensors, strict=True):
         assert torch.equal(bits(found), bits(right)), (row.name, hint)
 
 
@@ -222,9 +223,9 @@ def test_places_beyond_32_bits(monkeypatch):
     source[-end:] = torch.randn(end)
     average[-end:] = torch.randn(end)
     first = 3 * 2**33 - size + 2
-    tail = Row("x", source[-end:], (average[-end:],), key=5, first=first + size - end)
+    tail = Row("x", source[-end:], (average[-end:],), stochastic, key=5, first=first + size - end)
     right = expected(tail, [0.1])
-    kernel = Triton([Row("x", source, (average,), key=5, first=first)])
+    kernel = Triton([Row("x", source, (average,), stochastic, key=5, first=first)])
     chunks = kernel._table.chunks
     assert chunks[-2:, 0].tolist() == [2**31, 2**31 + 68]
     kernel._table = dataclasses.replace(kernel._table, chunks=chunks[-2:])

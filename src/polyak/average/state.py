@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import FileFormatError, MismatchError, StateError, listed
-from polyak.kernels import DRAW, copy_, is_plain
+from polyak.kernels import copy_, is_plain
 from polyak.model import check_same_names
 from polyak.ranks import describe, is_sharded, local, sharding_of
 from polyak.store import Ledger
@@ -128,14 +128,12 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 def _configuration(core: Core) -> dict[str, Any]:
     averages = next(iter(core.store.averages.values()))
-    modes = core.store.modes
     return {
         "profiles": {name: profile.describe() for name, profile in core.profiles.items()},
         "every": core.clock.every,
         "start": core.clock.start,
         "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in averages.values()}),
-        **({"compensated": True} if modes.compensated else {}),
-        **({"seed": modes.seed, "draw": DRAW} if modes.is_stochastic else {}),
+        **core.store.modes.configuration,
     }
 
 

@@ -1,10 +1,6 @@
 """Arithmetic on lists of plain tensors: kernels know no modules and no profiles."""
 
-from .checksum import Checksums as Checksums
-from .checksum import checksums as checksums
 from .copies import Copies as Copies
-from .eager import copy_ as copy_
-from .finite import FiniteTest as FiniteTest
 from .gpu import Control as Control
 from .gpu import SettledCopies as SettledCopies
 from .gpu import Triton as Triton
@@ -21,10 +17,15 @@ from .memory import is_freed as is_freed
 from .memory import is_plain as is_plain
 from .memory import overlapping as overlapping
 from .memory import overlaps_itself as overlaps_itself
+from .modes import Mode as Mode
+from .modes import compensated as compensated
+from .modes import plain as plain
+from .modes import stochastic as stochastic
 from .native import Look as Look
 from .native import Versions as Versions
 from .native import tried_way as tried_way
 from .native import why_not_in_c as why_not_in_c
+from .pieces import copy_ as copy_
 from .pieces import flat_parts as flat_parts
 from .pieces import is_dense as is_dense
 from .pieces import parts_of as parts_of
@@ -35,6 +36,7 @@ from .precision import cast_floating_point as cast_floating_point
 from .precision import check_floating_point as check_floating_point
 from .precision import dead_zone as dead_zone
 from .precision import kind_of as kind_of
-from .rounding import DRAW as DRAW
-from .rounding import tensor_key as tensor_key
 from .row import Row as Row
+from .sums import Checksums as Checksums
+from .sums import FiniteTest as FiniteTest
+from .sums import checksums as checksums

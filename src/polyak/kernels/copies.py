@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .eager import copy_
+from .pieces import copy_
 
 
 class Copies:

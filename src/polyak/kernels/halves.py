@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .eager import copy_
 from .journal import Operation
-from .pieces import Batch, cut, like, scratch_for
+from .pieces import Batch, copy_, cut, like, scratch_for
 
 _EXPONENT = 0x7F800000
 _LOWER = 0xFFFF

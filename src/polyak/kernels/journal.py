@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .eager import copy_
-from .pieces import cut, scratch_for
+from .pieces import copy_, cut, scratch_for
 
 Operation = Callable[[], None]
 

@@ -68,6 +68,16 @@ def like(pieces: Sequence[Tensor], flat: Tensor) -> list[Tensor]:
     return [flat[p.storage_offset() : p.storage_offset() + p.numel()].view(p.shape) for p in pieces]
 
 
+def copy_(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies each source into its target."""
+    if any(map(Tensor.is_conj, targets)) or any(map(Tensor.is_neg, targets)):
+        # Grouped operations do not write to conjugate and negative views.
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+    elif targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
     first = row[0]
     if first.numel() == 0:

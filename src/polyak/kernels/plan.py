@@ -21,9 +21,10 @@ from .choice import allowed_kernels
 from .eager import Foreach, Staged
 from .gpu import Triton
 from .gpu import is_supported as is_for_triton
+from .modes import Mode, plain
 from .native import Native, is_supported, library
 from .rounding import step_key
-from .row import Mode, Row, real_rows
+from .row import Row, real_rows
 
 KERNELS = {"native": Native, "triton": Triton, "foreach": Foreach, "staged": Staged}
 
@@ -41,7 +42,7 @@ class _Group:
         more = f" and {len(self.rows) - _MAX_NAMES} more" if len(self.rows) > _MAX_NAMES else ""
         tensors = f"{len(self.rows)} tensor" + "s" * (len(self.rows) != 1)
         elements = sum(row.source.numel() for row in self.rows)
-        modes = "".join(f"{mode}, " for mode in sorted({row.mode for row in self.rows} - {"plain"}))
+        modes = "".join(f"{name}, " for name in sorted({row.mode.name for row in self.rows} - {plain.name}))
         return f"{self.kernel}: {tensors}, {elements} elements ({modes}{self.reason}): {names}{more}"
 
 
@@ -57,7 +58,7 @@ class Plan:
         rows: what to update.
         kernels: those that may be used, the first that fits is taken. Default: all; or those that the environment
             variable POLYAK_KERNELS names, separated by commas.
-        seed: of the random bits, where averages are rounded stochastically.
+        seed: of the random bits, for modes that draw.
         note: the first line, where it is printed.
 
     Raises:
@@ -70,7 +71,7 @@ class Plan:
         self.rows = tuple(rows)
         self._seed = seed
         self._note = note
-        self._is_stochastic = any(row.mode == "stochastic" for row in self.rows)
+        self._draws = any(row.mode.draws for row in self.rows)
         allowed = allowed_kernels(kernels)
         grouped: dict[tuple[str, str, torch.device, tuple[Mode, torch.dtype, torch.dtype] | None], list[Row]] = {}
         for row in self.rows:
@@ -90,7 +91,7 @@ class Plan:
             weights: one for each of a row's averages.
             number: of this update, from which random bits are drawn.
         """
-        step = step_key(self._seed, number) if self._is_stochastic else 0
+        step = step_key(self._seed, number) if self._draws else 0
         for kernel in self._kernels:
             kernel.run(weights, step)
 
@@ -112,12 +113,12 @@ def _choose(row: Row, allowed: Sequence[str]) -> tuple[str, str]:
         if kernel == "triton" and all(map(is_for_triton, real_rows(row))):
             return kernel, f"dense, on {average.device}"
         alike = source.device == average.device and source.dtype == average.dtype
-        if kernel == "foreach" and alike and row.mode == "plain":
+        if kernel == "foreach" and alike and row.mode is plain:
             return kernel, "same dtype and device"
         if kernel == "staged":
             other = f"{source.dtype} to {average.dtype}" if source.dtype != average.dtype else "through scratch memory"
             return kernel, f"{source.device} to {average.device}" if source.device != average.device else other
-    mode = "" if row.mode == "plain" else f" {row.mode}"
+    mode = "" if row.mode is plain else f" {row.mode.name}"
     raise ValueError(
         f"no kernel of {listed(allowed)} fits {row.name!r}, {source.dtype} on {source.device} into{mode} "
         f"{average.dtype} on {average.device}; allow 'staged' too, by kernels= or POLYAK_KERNELS, which takes all"

@@ -39,9 +39,12 @@ Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from .pieces import Batch
 
 GOLDEN = 0x9E3779B97F4A7C15
 DRAW = 2  # the version of the random bits; states hold it, because under another one they could not resume bit for bit
@@ -98,6 +101,41 @@ def random_bits(pairs: Tensor, first_halves: Tensor, second_halves: Tensor) -> T
 def swap_halves(words: Tensor) -> Tensor:
     """Words of 32 bits, as int64, with their halves swapped."""
     return (words >> 16) | ((words & 0xFFFF) << 16)
+
+
+def draw(batch: Batch, origins: Sequence[tuple[int, int]], step: int) -> Tensor:
+    """32 random bits for each element of a batch, as int64.
+
+    Places are counted in the memory of the averages, so that their layout decides and not how they were cut.
+
+    Args:
+        batch: its second column holds pieces of the first averages of the rows.
+        origins: for each row its key, and the place of the first element of its first average's memory.
+        step: the key of the update.
+    """
+    places: list[Tensor] = []
+    halves: list[Tensor] = []
+    for piece, number in zip(batch.columns[1], batch.rows, strict=True):
+        tensor, origin = origins[number]
+        here = _offsets(piece).add_(origin + piece.storage_offset())
+        parts = here >> 33
+        lowest, highest = int(parts.min()), int(parts.max())
+        keys = [part_key(step, tensor, part << 32) for part in range(lowest, highest + 1)]
+        key = torch.tensor(keys, dtype=torch.int64, device=piece.device)
+        halves.append(key.expand(len(here), 2) if len(key) == 1 else key[parts - lowest])
+        places.append(here)
+    first_halves, second_halves = torch.cat(halves).unbind(1)
+    place = torch.cat(places)
+    words = random_bits((place >> 1).bitwise_and_(_MASK_32), first_halves, second_halves)
+    return torch.where(place & 1 == 1, swap_halves(words), words)
+
+
+def _offsets(piece: Tensor) -> Tensor:
+    """How far each element is from the first, in elements of memory, in the order of the shape."""
+    offsets = torch.zeros(1, dtype=torch.int64, device=piece.device)
+    for size, stride in zip(piece.shape, piece.stride(), strict=True):
+        offsets = (offsets.unsqueeze(-1) + torch.arange(size, device=piece.device) * stride).flatten()
+    return offsets
 
 
 def round_stochastically(high: Tensor, low: Tensor, random: Tensor, dtype: torch.dtype) -> Tensor:

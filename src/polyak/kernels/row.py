@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Mode: TypeAlias = Literal["plain", "compensated", "stochastic"]
+from .modes import Mode, plain
 
 
 class Row(NamedTuple):
@@ -18,8 +18,9 @@ class Row(NamedTuple):
         name: for printing.
         source: of any floating-point or complex dtype.
         averages: of the shape of the source, all of one dtype.
-        seconds: what the averages are short of, one for each, where the sum is compensated; int16, see fractions.py.
-        key: what makes the random bits of this tensor its own, where the averages are rounded stochastically.
+        mode: how the averages are moved and rounded.
+        beside: what the mode keeps beside each average, if anything; of complex averages as pairs of real numbers.
+        key: what makes the random bits of this tensor its own, if the mode draws.
         first: the number of the averages' first element in the whole tensor, where they are a part of it.
         strides: of the whole tensor, where they are a part of it that is to be updated in stretches without gaps.
     """
@@ -27,22 +28,16 @@ class Row(NamedTuple):
     name: str
     source: Tensor
     averages: tuple[Tensor, ...]
-    seconds: tuple[Tensor, ...] = ()
-    key: int | None = None
+    mode: Mode = plain
+    beside: tuple[Tensor, ...] = ()
+    key: int = 0
     first: int = 0
     strides: tuple[int, ...] | None = None
 
     @property
-    def mode(self) -> Mode:
-        """How the averages are rounded."""
-        if self.seconds:
-            return "compensated"
-        return "plain" if self.key is None else "stochastic"
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Source, averages and second terms."""
-        return (self.source, *self.averages, *self.seconds)
+        """Source, averages, and what is kept beside them."""
+        return (self.source, *self.averages, *self.beside)
 
 
 def real_rows(row: Row) -> list[Row]:
@@ -59,10 +54,10 @@ def real_rows(row: Row) -> list[Row]:
         as_pairs = torch.view_as_real
         return [row._replace(source=as_pairs(row.source), averages=tuple(map(as_pairs, row.averages)))]
     # A conjugate view shares the memory of what it negates, so its halves go by themselves.
-    seconds = [tuple(second[..., half] for second in row.seconds) for half in range(2)]
+    beside = [tuple(pairs[..., half] for pairs in row.beside) for half in range(2)]
     return [
-        row._replace(source=row.source.real, averages=tuple(a.real for a in row.averages), seconds=seconds[0]),
-        row._replace(source=row.source.imag, averages=tuple(a.imag for a in row.averages), seconds=seconds[1]),
+        row._replace(source=row.source.real, averages=tuple(a.real for a in row.averages), beside=beside[0]),
+        row._replace(source=row.source.imag, averages=tuple(a.imag for a in row.averages), beside=beside[1]),
     ]
 
 
@@ -86,7 +81,7 @@ def _stretches(row: Row, strides: tuple[int, ...]) -> Iterator[Row]:
         cut = row._replace(
             source=row.source.select(dimension, number),
             averages=tuple(average.select(dimension, number) for average in row.averages),
-            seconds=tuple(second.select(dimension, number) for second in row.seconds),
+            beside=tuple(each.select(dimension, number) for each in row.beside),
             first=row.first + number * strides[dimension],
         )
         yield from _stretches(cut, rest)

@@ -2,20 +2,13 @@
 
 from .base import Profile as Profile
 from .decays import register_schedule as register_schedule
-from .description import profile_from_description as profile_from_description
 from .exponential import Exponential as Exponential
-from .naming import named_profiles as named_profiles
 from .power import Power as Power
+from .registry import named_profiles as named_profiles
+from .registry import profile_from_description as profile_from_description
 from .schedule import Schedule as Schedule
 from .uniform import Uniform as Uniform
-from .units import decay_to_half_life as decay_to_half_life
-from .units import decay_to_mean_age as decay_to_mean_age
 from .units import decay_to_relative_std as decay_to_relative_std
-from .units import exponent_to_mean_age as exponent_to_mean_age
-from .units import exponent_to_relative_std as exponent_to_relative_std
-from .units import half_life_to_decay as half_life_to_decay
-from .units import mean_age_to_decay as mean_age_to_decay
 from .units import mean_age_to_exponent as mean_age_to_exponent
 from .units import relative_std_to_decay as relative_std_to_decay
-from .units import relative_std_to_exponent as relative_std_to_exponent
 from .units import scale_decay as scale_decay

@@ -37,15 +37,15 @@ def check_decay(name: str, value: float) -> float:
     """Returns a decay as a float, or raises where it is no number in [0, 1].
 
     Example:
-        >>> check_decay("decay", 2000)  # doctest: +ELLIPSIS
+        >>> check_decay("decay", -1)
         Traceback (most recent call last):
-        ValueError: decay=2000 is outside [0, 1]; a length in steps is Exponential(half_life=2000); its decay is ...
+        ValueError: decay=-1 is outside [0, 1]; it is what the average keeps of itself in one step, for instance 0.999
     """
     check_number(name, value)
     if 0 <= value <= 1:
         return float(value)
     if value > 1:
-        hint = f"a length in steps is Exponential(half_life={value!r}); its decay is half_life_to_decay({value!r})"
+        hint = f"a length in steps is Exponential(half_life={value!r}), which has its decay as an attribute"
     else:
         hint = "it is what the average keeps of itself in one step, for instance 0.999"
     raise ValueError(f"{name}={value!r} is outside [0, 1]; {hint}")

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .base import LOG_2, Profile
-from .checks import check_now, check_times
-from .units import LARGEST_RELATIVE_STD, exponent_to_relative_std, relative_std_to_exponent
+from .checks import check_now, check_number, check_times
+
+# The relative standard deviation of the uniform average, at exponent 0.
+LARGEST_RELATIVE_STD = 12**-0.5
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -60,11 +62,11 @@ class Power(Profile):
                 f"relative_std={relative_std!r} and exponent={exponent!r} name the same thing twice: give one of them"
             )
         if exponent is not None:
-            relative_std = exponent_to_relative_std(exponent)
+            relative_std = _relative_std_of(exponent)
             given = ("exponent", float(exponent))
         else:
             relative_std = 0.10 if relative_std is None else relative_std
-            exponent = relative_std_to_exponent(relative_std)
+            exponent = _exponent_of(relative_std)
             given = ("relative_std", float(relative_std))
         object.__setattr__(self, "exponent", float(exponent))
         object.__setattr__(self, "relative_std", float(relative_std))
@@ -102,3 +104,33 @@ def _which_was_meant(positional: tuple[object, ...]) -> str:
     else:
         likely = f"exponent={value!r} was probably meant, as a relative_std lies below {LARGEST_RELATIVE_STD:.6f}"
     return f"Power({', '.join(map(repr, positional))}) needs a keyword: {likely}"
+
+
+def _relative_std_of(exponent: float) -> float:
+    check_number("exponent", exponent)
+    if not -1 < exponent < math.inf:
+        raise ValueError(f"exponent={exponent!r} must be above -1 and finite: the mass of an average must grow")
+    exponent = float(exponent)
+    return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
+
+
+def _exponent_of(relative_std: float) -> float:
+    """The inverse of `_relative_std_of` on exponents above 0: the one positive root of a cubic."""
+    check_number("relative_std", relative_std)
+    if not 0 < relative_std < LARGEST_RELATIVE_STD:
+        if relative_std > 0:
+            hint = f"Uniform() is as wide as can be; an exponent is given as exponent={relative_std!r}"
+        else:
+            hint = "it is a share of the run, for instance 0.10"
+        raise ValueError(f"relative_std={relative_std!r} is outside (0, 12**-0.5 = {LARGEST_RELATIVE_STD:.6f}); {hint}")
+    # In x = relative_std * (exponent + 2), which stays between 0.577 and 1, the equation of the class reads
+    #     x**3 + relative_std * x**2 - x + relative_std = 0.
+    # From above its largest root, where it is convex, Newton's steps only go down, until rounding ends them. They are
+    # made of correctly rounded operations alone, so that the exponent is the same on every machine.
+    x = 1 / (1 + relative_std)
+    while True:
+        value = ((x + relative_std) * x - 1) * x + relative_std
+        closer = x - value / ((3 * x + 2 * relative_std) * x - 1)
+        if closer >= x:
+            return x / relative_std - 2
+        x = closer

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from polyak.kernels import HALF, average_dtype, check_floating_point, dead_zone, tensor_key
+from polyak.kernels import (
+    HALF,
+    Mode,
+    average_dtype,
+    check_floating_point,
+    compensated,
+    dead_zone,
+    plain,
+    stochastic,
+)
 
 
 @dataclass(frozen=True)
@@ -54,18 +64,23 @@ class Modes:
             kept = torch.complex128 if kept == torch.float64 else torch.complex64
         return torch.empty_like(source, dtype=kept, device=device)
 
-    def second_of(self, average: Tensor) -> Tensor | None:
-        """The second term of an average, zero; complex numbers are pairs. None for one that has none."""
-        if not self.compensated or average.dtype not in (torch.float32, torch.complex64):
-            return None
-        pairs = torch.view_as_real(average) if average.is_complex() else average
-        return torch.zeros_like(pairs, dtype=torch.int16)
+    @property
+    def mode(self) -> Mode:
+        """The mode that was asked for."""
+        if self.compensated:
+            return compensated
+        return stochastic if self.dtype in HALF else plain
 
-    def key_of(self, name: str, average: Tensor) -> int | None:
-        """What the random bits of an average depend on, None for one that is rounded to nearest."""
-        return tensor_key(name) if self.is_stochastic and average.dtype in HALF else None
+    def mode_of(self, average: Tensor) -> Mode:
+        """The mode of an average: the one that was asked for, unless it does not take this dtype."""
+        return self.mode if self.mode.takes(average.dtype) else plain
 
     @property
     def is_stochastic(self) -> bool:
         """Whether averages are rounded stochastically."""
-        return self.dtype in HALF
+        return self.mode.draws
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What a state says of the mode."""
+        return self.mode.configuration(seed=self.seed)

@@ -76,7 +76,7 @@ class Store:
                 profile: {
                     name: second
                     for name, average in averages.items()
-                    if (second := self.modes.second_of(average)) is not None
+                    if (second := self.modes.mode_of(average).beside(average)) is not None
                 }
                 for profile, averages in self.averages.items()
             }
@@ -226,12 +226,13 @@ class Store:
     def _row(self, name: str) -> Row:
         averages = tuple([averages[name] for averages in self.averages.values()])
         seconds = tuple([seconds[name] for seconds in self.seconds.values() if name in seconds])
-        key, sharding = self.modes.key_of(name, averages[0]), self.lies[name]
-        if key is not None and sharding is not None:
-            return Row(name, self._sources[name], averages, seconds, key, sharding.first, sharding.stride)
+        mode, sharding = self.modes.mode_of(averages[0]), self.lies[name]
+        key = mode.key(name)
+        if mode.draws and sharding is not None:
+            return Row(name, self._sources[name], averages, mode, seconds, key, sharding.first, sharding.stride)
         # Of a slice that has gaps, its stretches without gaps are updated, each by the fastest kernel.
         strides = None if name not in self.wholes or is_dense(self._sources[name]) else self._sources[name].stride()
-        return Row(name, self._sources[name], averages, seconds, key, strides=strides)
+        return Row(name, self._sources[name], averages, mode, seconds, key, strides=strides)
 
     def begun(self) -> Updates:
         """Takes the sources as the averages; returns who goes on from there, with nothing pending and nothing made."""

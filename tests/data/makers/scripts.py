@@ -88,7 +88,7 @@ class EasyDict(dict):
 @case("edm2-training")
 def edm2_training(folder: Path) -> None:
     """Power-function averages in time of images, and a counter in a dictionary of the authors' own class."""
-    from polyak import relative_std_to_exponent
+    from polyak import Power
 
     EasyDict.__module__ = "dnnlib.util"
     sys.modules["dnnlib"] = types.ModuleType("dnnlib")
@@ -97,7 +97,7 @@ def edm2_training(folder: Path) -> None:
     batch, stds = 8, (0.05, 0.1)
     averages = []
     for std in stds:
-        exponent = relative_std_to_exponent(std)
+        exponent = Power(relative_std=std).exponent
         model = tiny()
         average, optimizer = _averaged(model, lambda step, power=exponent + 1: (1 - 1 / step) ** power)
         averages.append(average)

@@ -11,11 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .constants import FIRST_FACTOR, FLOAT32_EXPONENT, LAST_FACTOR
+
 _SIGN = tl.constexpr(-0x80000000)
 # The bits of 2 ** 23 + 2 ** 16. From 2 ** 23 on float32 has whole numbers only: its lowest bits are the number's.
 _OFFSET = tl.constexpr(0x4B010000)
 # Its upper half. `_carry` returns the carry plus this.
 _CARRIED = tl.constexpr(0x4B01)
+# What a second term counts in, of a power of two; its inverse; and its smallest and largest number.
+_FRACTION, _FRACTIONS = tl.constexpr(2.0**-39), tl.constexpr(2.0**39)
+_LOWEST_FRACTION, _HIGHEST_FRACTION = tl.constexpr(-(2.0**-24)), tl.constexpr(32767 * 2.0**-39)
+_WHOLE = tl.constexpr(1.5 * 2.0**23)
 
 
 @triton.jit
@@ -46,14 +52,14 @@ def widen_bfloat16(bits):
 @triton.jit
 def _exponent_field(x):
     """The exponent of a float32, where it stands in its bits."""
-    return x.to(tl.int32, bitcast=True) & 0x7F800000
+    return x.to(tl.int32, bitcast=True) & FLOAT32_EXPONENT
 
 
 @triton.jit
 def from_fractions(second, first):
-    """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `fractions`."""
+    """The second term as float32, exactly: int16 times 2 ** -16 of the last bit of the first, as in `compensated`."""
     power = _exponent_field(first).to(tl.float32, bitcast=True)
-    return second.to(tl.float32) * (power * 1.8189894035458565e-12)
+    return second.to(tl.float32) * (power * _FRACTION)
 
 
 @triton.jit
@@ -61,11 +67,11 @@ def to_fractions(number, first):
     """The second term of a sum whose first term is given, as int16, rounded to nearest, ties to even."""
     # The bits of 2 ** 127 less those of a power of two are those of its inverse.
     part = number * (0x7F000000 - _exponent_field(first)).to(tl.float32, bitcast=True)
-    # From -2 ** -24 to 32767 * 2 ** -39; a NaN is the lowest.
-    part = tl.where(part > -5.9604644775390625e-08, part, -5.9604644775390625e-08)
-    part = tl.where(part < 5.960282578598708e-08, part, 5.960282578598708e-08)
-    # Beside 1.5 * 2 ** 23 there is no room for a fraction, and the lowest 16 bits are those of the whole number.
-    return (part * 549755813888.0 + 12582912.0).to(tl.int32, bitcast=True).to(tl.int16)
+    # A NaN is the lowest.
+    part = tl.where(part > _LOWEST_FRACTION, part, _LOWEST_FRACTION)
+    part = tl.where(part < _HIGHEST_FRACTION, part, _HIGHEST_FRACTION)
+    # Beside this there is no room for a fraction, and the lowest 16 bits are those of the whole number.
+    return (part * _FRACTIONS + _WHOLE).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit
@@ -83,8 +89,8 @@ def random_bits(pairs, lower, upper):
     `upper` is the upper half of the key times the last factor: `(x + key) * c` is `x * c + key * c`, one operation.
     """
     x = pairs ^ lower
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 + upper
+    x = (x ^ (x >> 16)) * FIRST_FACTOR
+    x = (x ^ (x >> 13)) * LAST_FACTOR + upper
     return x ^ (x >> 16)
 
 
@@ -107,7 +113,7 @@ def _carry(half, lower):
         half: half the fraction of a last bit that is to be added.
         lower: the lower half of the random bits, as from `halves`.
     """
-    # The product is exact, so the interpreter, which rounds it, has the same sum.
+    # The product with 2 ** 17 is exact, so the interpreter, which rounds it, has the same sum.
     return tl.fma(half, 131072.0, lower.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) >> 16
 
 
@@ -134,7 +140,7 @@ def round_float16(high, low, upper, lower):
     lost = size - shifted * 5.192296858534828e33
     outward = (low.to(tl.int32, bitcast=True) ^ (words & _SIGN)).to(tl.float32, bitcast=True) + lost
     shifted_bits = shifted.to(tl.int32, bitcast=True)
-    inner = (shifted_bits + (outward.to(tl.int32, bitcast=True) >> 31)) & 0x7F800000
+    inner = (shifted_bits + (outward.to(tl.int32, bitcast=True) >> 31)) & FLOAT32_EXPONENT
     # Half the inverse of a last bit. Subnormal numbers have the last bit of the smallest normal one.
     power = ((164 << 23) - tl.maximum(inner, 1 << 23)).to(tl.float32, bitcast=True)
     rounded = (shifted_bits + _carry(outward * power, lower)) * 8 + upper

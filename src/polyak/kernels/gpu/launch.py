@@ -14,9 +14,11 @@ import torch
 from polyak.errors import outside
 from polyak.kernels.choice import is_interpreted
 from polyak.kernels.eager import Staged
+from polyak.kernels.modes import MODES
 from polyak.kernels.row import Row
 
 from .control import Control
+from .encoding import AVERAGE_UNIT, COPIES, LEAVES, digits
 from .table import fits, make_table
 
 # The oldest that Triton makes code for.
@@ -61,9 +63,12 @@ def _problem_on(device: torch.device) -> str:
 def _samples(device: torch.device) -> list[Row]:
     """A row of each mode."""
     source = torch.arange(-20.0, 20.0, device=device) / 7
-    rows = [torch.full_like(source, 0.3), torch.full_like(source, 0.3), torch.full_like(source, 0.3).bfloat16()]
-    second = torch.full_like(source, 99, dtype=torch.int16)
-    return [Row("", source, (rows[0],)), Row("", source, (rows[1],), (second,)), Row("", source, (rows[2],), key=1)]
+    rows: list[Row] = []
+    for mode in MODES:
+        average = torch.full_like(source, 0.3, dtype=mode.in_triton[0])
+        beside = mode.beside(average)
+        rows.append(Row("", source, (average,), mode, () if beside is None else (beside.fill_(99),), mode.key("")))
+    return rows
 
 
 def is_supported(row: Row) -> bool:
@@ -92,7 +97,7 @@ class Triton:
         self._update: Any = import_module("polyak.kernels.gpu.update")
         self._skip: Any = import_module("polyak.kernels.gpu.skip")
         self._constants = {
-            "KINDS": table.kinds,
+            "KINDS": tuple(map(digits, table.kinds)),
             "PROFILES": table.num_profiles,
             "BLOCK": table.block,
             "INTERPRETED": is_interpreted(),
@@ -118,7 +123,7 @@ class Triton:
                 self._table.chunks,
                 control.flag,
                 self._bad_rows,
-                SOURCES=tuple(sorted({kind % 6 for kind in self._table.kinds})),
+                SOURCES=tuple(map(digits, sorted({kind % AVERAGE_UNIT for kind in self._table.kinds}))),
                 PROFILES=self._table.num_profiles,
                 BLOCK=self._table.block,
                 **OPTIONS,
@@ -162,5 +167,5 @@ def here(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _encoded(weight: float) -> float:
-    """The weight as the kernel takes it: what rounds to 0 or 1 in float32 is another thing than 0 and 1."""
-    return {0.0: -1.0, 1.0: 2.0}.get(weight, float(weight))
+    """The weight as the kernel takes it."""
+    return {0.0: LEAVES, 1.0: COPIES}.get(weight, float(weight))

@@ -8,18 +8,44 @@ import triton
 import triton.language as tl
 
 from .bits import mix64
+from .constants import (
+    AVERAGE_COLUMNS,
+    AVERAGE_UNIT,
+    BFLOAT16,
+    BFLOAT16_EXPONENT,
+    CHUNK_COLUMNS,
+    COPIES,
+    COPY_COLUMNS,
+    COUNT_MASK,
+    COUNT_SHIFT,
+    FLOAT16_EXPONENT,
+    FLOAT32,
+    FLOAT32_EXPONENT,
+    KIND_SHIFT,
+    LEAVES,
+    MADE,
+    MIXED_SEED,
+    PACKED,
+    ROW_MASK,
+    SIGNED_STRIDE,
+    SKIPPED,
+    SOURCE_COLUMN,
+    START,
+    STEP_KEY,
+    VERDICT,
+)
 from .update import pointers
 
 
 @triton.jit
 def _exponents(address, start, offsets, mask, FORMAT: tl.constexpr, VECTOR: tl.constexpr):
-    """Whether the exponent is all ones, as in a NaN or an infinity; the formats are those of `update`."""
-    if FORMAT == 0:
+    """Whether the exponent is all ones, as in a NaN or an infinity."""
+    if FORMAT == FLOAT32:
         bits = tl.load(pointers(address, start, offsets, tl.int32, VECTOR), mask=mask, other=0)
-        ones = 0x7F800000
+        ones = FLOAT32_EXPONENT
     else:
         bits = tl.load(pointers(address, start, offsets, tl.int16, VECTOR), mask=mask, other=0).to(tl.int32)
-        ones = 0x7F80 if FORMAT == 1 else 0x7C00
+        ones = BFLOAT16_EXPONENT if FORMAT == BFLOAT16 else FLOAT16_EXPONENT
     return (bits & ones) == ones
 
 
@@ -40,28 +66,28 @@ def find_bad(
         chunks: of the table; one program each.
         flag: int32, one.
         bad_rows: int32, one a row.
-        SOURCES: the kinds in the table without their forms.
+        SOURCES: those of the table: kinds without averages and modes, as `digits`.
         PROFILES: the number of profiles.
         BLOCK: elements at once.
     """
-    chunk = chunks + 2 * tl.program_id(0)
-    start = tl.load(chunk)
-    packed = tl.load(chunk + 1)
-    row = packed & 0xFFFFFFFF
-    address = tl.load(rows + row * (3 + 2 * PROFILES))
-    kind = (packed >> 48).to(tl.int32) % 6
+    chunk = chunks + CHUNK_COLUMNS * tl.program_id(0)
+    start = tl.load(chunk + START)
+    packed = tl.load(chunk + PACKED)
+    row = packed & ROW_MASK
+    address = tl.load(rows + row * (AVERAGE_COLUMNS + 2 * PROFILES) + SOURCE_COLUMN)
+    kind = (packed >> KIND_SHIFT).to(tl.int32) % AVERAGE_UNIT
     for i in tl.static_range(len(SOURCES)):
-        if kind == SOURCES[i]:
-            vector: tl.constexpr = 4 if SOURCES[i] % 2 else 1
-            block: tl.constexpr = BLOCK if SOURCES[i] % 2 else BLOCK // 2
-            count = ((packed >> 32) & 0xFFFF).to(tl.int32)
+        if kind == SOURCES[i][0]:
+            vector: tl.constexpr = SOURCES[i][1]
+            block: tl.constexpr = BLOCK if vector > 1 else BLOCK // 2
+            count = ((packed >> COUNT_SHIFT) & COUNT_MASK).to(tl.int32)
             if vector > 1:
                 count = tl.multiple_of(count, vector)
             found = tl.zeros([block], tl.int32)
             begin = 0
             while begin < count:
                 here = begin + tl.arange(0, block)
-                bad = _exponents(address, start, here, here < count, SOURCES[i] // 2, vector)
+                bad = _exponents(address, start, here, here < count, SOURCES[i][2], vector)
                 found = found | bad.to(tl.int32)
                 begin += block
             if tl.max(found, 0) != 0:
@@ -87,8 +113,7 @@ def settle(
         minus_pending: float64, one a profile, zero after an update; and one more, which is not zero where an update is
             due, and zero afterwards.
         flag: int32, one; whether the step is bad; zero afterwards.
-        counts: int64: updates made, updates left out, the key of the update to come, the mixed seed, and the verdict:
-            1 where the update is to be made.
+        counts: int64, as in `encoding`.
         weights: float32, one a profile: as `update.update` takes them.
         PROFILES: the number of profiles.
         SIZE: the power of two that holds them.
@@ -99,19 +124,20 @@ def settle(
     is_bad = tl.load(flag) != 0
     is_made = is_due & (is_bad == 0)
     weight = 0.0 - tl.load(minus_weights + profiles, mask=inside, other=0.0)
-    left = (is_made == 0) | (weight == 0.0)
-    tl.store(weights + profiles, tl.where(left, -1.0, tl.where(weight == 1.0, 2.0, weight.to(tl.float32))), mask=inside)
+    encoded = tl.where(weight == 1.0, COPIES, weight.to(tl.float32))
+    encoded = tl.where((is_made == 0) | (weight == 0.0), LEAVES, encoded)
+    tl.store(weights + profiles, encoded, mask=inside)
     pending = tl.load(minus_pending + profiles, mask=inside, other=0.0)
     tl.store(minus_pending + profiles, tl.where(is_made, 0.0, pending), mask=inside)
     tl.store(minus_pending + PROFILES, 0.0)
     tl.store(flag, 0)
-    number = tl.load(counts)
-    key = mix64((tl.load(counts + 3) + (number + 1) * -0x61C8864680B583EB).to(tl.uint64))
-    tl.store(counts + 2, key.to(tl.int64))
-    tl.store(counts, tl.where(is_made, number + 1, number))
-    skipped = tl.load(counts + 1)
-    tl.store(counts + 1, tl.where(is_due & is_bad, skipped + 1, skipped))
-    tl.store(counts + 4, is_made.to(tl.int64))
+    number = tl.load(counts + MADE)
+    key = mix64((tl.load(counts + MIXED_SEED) + (number + 1) * SIGNED_STRIDE).to(tl.uint64))
+    tl.store(counts + STEP_KEY, key.to(tl.int64))
+    tl.store(counts + MADE, tl.where(is_made, number + 1, number))
+    skipped = tl.load(counts + SKIPPED)
+    tl.store(counts + SKIPPED, tl.where(is_due & is_bad, skipped + 1, skipped))
+    tl.store(counts + VERDICT, is_made.to(tl.int64))
 
 
 @triton.jit
@@ -124,8 +150,8 @@ def copy_settled(chunks, counts, SIZES: tl.constexpr, BLOCK: tl.constexpr):
         SIZES: the bytes of a number, each that is in the table.
         BLOCK: numbers at once.
     """
-    chunk = chunks + 4 * tl.program_id(0)
-    count = tl.where(tl.load(counts + 4) != 0, tl.load(chunk + 2), 0)
+    chunk = chunks + COPY_COLUMNS * tl.program_id(0)
+    count = tl.where(tl.load(counts + VERDICT) != 0, tl.load(chunk + 2), 0)
     here = tl.arange(0, BLOCK)
     size = tl.load(chunk + 3)
     for i in tl.static_range(len(SIZES)):

@@ -1,9 +1,4 @@
-"""The table that a Triton kernel goes through: what it needs to know of rows and of their chunks, in device memory.
-
-A row has 64-bit columns: source, key, first, averages, second terms (the addresses of the tensors; 0 for none).
-A chunk has two: where it starts in its row, in elements; and the number of the row, the number of elements and the
-kind, 32, 16 and 16 bits from the lowest on.
-"""
+"""The table that a Triton kernel goes through: rows and their chunks in device memory, as `encoding` says."""
 
 from __future__ import annotations
 
@@ -13,21 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyak.kernels import fractions
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
-SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-# Mode, dtype of the averages, dtype of the second terms. The numbers of both lists are known to the kernel.
-FORMS = (
-    ("plain", torch.float32, None),
-    ("compensated", torch.float32, fractions.DTYPE),
-    ("stochastic", torch.bfloat16, None),
-    ("stochastic", torch.float16, None),
+from .encoding import (
+    CHUNK_COLUMNS,
+    COUNT_SHIFT,
+    FORMATS,
+    KIND_SHIFT,
+    PACKED,
+    VECTOR_SIZE,
+    kind_of,
+    signed,
 )
-# Elements of one access of a thread: 16 bytes of float32, 8 of the others. A wider one for 16 bits would have to be
-# shuffled between threads wherever it meets float32.
-VECTOR = 4
+
 # Elements that a program takes at once: 8 for each of 128 threads, and one program for a 32x32 tensor.
 BLOCK = 1024
 # A chunk is so many blocks at most. Looking up a row and mixing its key cost a thread some 60 operations, which 64
@@ -58,10 +52,9 @@ class Table:
 
 def fits(row: Row) -> bool:
     """Whether the kernel can update these averages from this source, given that it can run on their device."""
-    average, *_ = row.averages
     return (
-        row.source.dtype in SOURCES
-        and (row.mode, average.dtype, row.seconds[0].dtype if row.seconds else None) in FORMS
+        row.source.dtype in FORMATS
+        and row.averages[0].dtype in row.mode.in_triton
         and all(is_dense(tensor) and not tensor.is_neg() for tensor in row.tensors)
         and all(tensor.device == row.source.device for tensor in row.tensors)
         and all(strides(tensor) == strides(row.source) for tensor in row.tensors)
@@ -77,7 +70,7 @@ def make_table(rows: Sequence[Row]) -> Table:
     return Table(
         rows=torch.tensor([_record(row) for row in rows], dtype=torch.int64).to(device),
         chunks=chunks.to(device),
-        kinds=tuple(int(kind) for kind in torch.bincount(chunks[:, 1] >> 48).nonzero()),
+        kinds=tuple(int(kind) for kind in torch.bincount(chunks[:, PACKED] >> KIND_SHIFT).nonzero()),
         num_profiles=len(rows[0].averages),
         block=BLOCK,
     )
@@ -86,7 +79,7 @@ def make_table(rows: Sequence[Row]) -> Table:
 def make_chunks(rows: Sequence[Row], elements: int) -> Tensor:
     """The chunks of all rows, on the CPU, of so many elements at most."""
     chunks = [chunk for number, row in enumerate(rows) for chunk in _chunks(number, row, elements)]
-    return torch.cat(chunks) if chunks else torch.empty(0, 2, dtype=torch.int64, device="cpu")
+    return torch.cat(chunks) if chunks else torch.empty(0, CHUNK_COLUMNS, dtype=torch.int64, device="cpu")
 
 
 def strides(tensor: Tensor) -> list[int]:
@@ -95,27 +88,26 @@ def strides(tensor: Tensor) -> list[int]:
 
 
 def _record(row: Row) -> list[int]:
-    key = row.key or 0
-    seconds = [second.data_ptr() for second in row.seconds] or [0] * len(row.averages)
     averages = [average.data_ptr() for average in row.averages]
-    return [row.source.data_ptr(), key - (key >> 63 << 64), row.first, *averages, *seconds]
+    beside = [tensor.data_ptr() for tensor in row.beside] or [0] * len(averages)
+    return [row.source.data_ptr(), signed(row.key), row.first, *averages, *beside]
 
 
 def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
     """The chunks of one row: those that vectors can read, and what is left over or not aligned."""
-    form = FORMS.index((row.mode, row.averages[0].dtype, row.seconds[0].dtype if row.seconds else None))
-    kind = 2 * (SOURCES.index(row.source.dtype) + len(SOURCES) * form)
     for start, stop in _segments(row):
-        aligned = all((t.data_ptr() + start * t.element_size()) % (VECTOR * t.element_size()) == 0 for t in row.tensors)
+        addresses = [tensor.data_ptr() // tensor.element_size() + start for tensor in row.tensors]
+        aligned = all(address % VECTOR_SIZE == 0 for address in addresses)
         # Vectors hold whole pairs of neighbours, which share their random bits.
-        aligned = aligned and (row.mode != "stochastic" or (row.first + start) % 2 == 0)
+        aligned = aligned and (not row.mode.draws or (row.first + start) % 2 == 0)
         # A small tensor of an odd size is one chunk, not two.
-        whole = stop - start >= BLOCK or (stop - start) % VECTOR == 0
-        middle = start + (stop - start) // VECTOR * VECTOR if aligned and whole else start
-        for first, last, is_vector in ((start, middle, 1), (middle, stop, 0)):
+        whole = stop - start >= BLOCK or (stop - start) % VECTOR_SIZE == 0
+        middle = start + (stop - start) // VECTOR_SIZE * VECTOR_SIZE if aligned and whole else start
+        for first, last, is_vector in ((start, middle, True), (middle, stop, False)):
             starts = torch.arange(first, last, elements, device="cpu")
             counts = (last - starts).clamp(max=elements)
-            yield torch.stack([starts, number | counts << 32 | (kind + is_vector) << 48], dim=1)
+            kind = kind_of(row.mode, source=row.source.dtype, average=row.averages[0].dtype, is_vector=is_vector)
+            yield torch.stack([starts, number | counts << COUNT_SHIFT | kind << KIND_SHIFT], dim=1)
 
 
 def _segments(row: Row) -> Iterator[tuple[int, int]]:

@@ -2,14 +2,14 @@
 
 from .compiled import library as library
 from .look import Look as Look
-from .memory import Call as Call
-from .memory import copy as copy
-from .memory import exchange as exchange
-from .memory import exchange_halves as exchange_halves
-from .memory import is_reachable as is_reachable
-from .memory import is_usable as is_usable
-from .memory import non_finite as non_finite
-from .memory import sums as sums
+from .passes import Call as Call
+from .passes import copy as copy
+from .passes import exchange as exchange
+from .passes import exchange_halves as exchange_halves
+from .passes import is_reachable as is_reachable
+from .passes import is_usable as is_usable
+from .passes import non_finite as non_finite
+from .passes import sums as sums
 from .trial import tried_way as tried_way
 from .trial import why_not_in_c as why_not_in_c
 from .update import Native as Native

@@ -12,8 +12,8 @@ from typing import Any
 
 from polyak.errors import outside
 
-# Of the functions and structures in C; it must equal the number in memory.c.
-_VERSION = 2
+# Of the functions and structures in C; it must equal the number in passes.c.
+_VERSION = 3
 
 
 @functools.cache

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from polyak.kernels.memory import is_plain
 
-from .crew import CREW, ELEMENTS_PER_THREAD
 from .way import COUNT, POINTER, Way, words
+from .work import CREW, ELEMENTS_PER_THREAD
 
 # Entries of a dictionary that one thread takes at once; and what an entry costs, in elements of an update.
 _STRETCH = 64

@@ -52,7 +52,7 @@ typedef struct {
 
 /* Plain. */
 
-#define DEFINE_LERP(NAME, SOURCE, AVERAGE, LOAD, FMA)                                                                  \
+#define DEFINE_PLAIN(NAME, SOURCE, AVERAGE, LOAD, FMA)                                                                  \
     INLINE void NAME##_body(const SOURCE *restrict source, AVERAGE *restrict average, int64_t count, double weight)    \
     {                                                                                                                  \
         const AVERAGE w = (AVERAGE)weight, rest = (AVERAGE)1 - w;                                                      \
@@ -77,14 +77,14 @@ typedef struct {
     DEFINE_UPDATE(NAME, 1,                                                                                             \
                   NAME##_loop(POINTER(const SOURCE, row[0]), POINTER(AVERAGE, *average), row[1], weights[profile]))
 
-DEFINE_LERP(lerp_float32_float32, float, float, from_float32, fmaf)
-DEFINE_LERP(lerp_float64_float32, double, float, , fmaf)
-DEFINE_LERP(lerp_float16_float32, uint16_t, float, from_float16, fmaf)
-DEFINE_LERP(lerp_bfloat16_float32, uint16_t, float, from_bfloat16, fmaf)
-DEFINE_LERP(lerp_float32_float64, float, double, , fma)
-DEFINE_LERP(lerp_float64_float64, double, double, , fma)
-DEFINE_LERP(lerp_float16_float64, uint16_t, double, from_float16, fma)
-DEFINE_LERP(lerp_bfloat16_float64, uint16_t, double, from_bfloat16, fma)
+DEFINE_PLAIN(plain_float32_float32, float, float, from_float32, fmaf)
+DEFINE_PLAIN(plain_float64_float32, double, float, , fmaf)
+DEFINE_PLAIN(plain_float16_float32, uint16_t, float, from_float16, fmaf)
+DEFINE_PLAIN(plain_bfloat16_float32, uint16_t, float, from_bfloat16, fmaf)
+DEFINE_PLAIN(plain_float32_float64, float, double, , fma)
+DEFINE_PLAIN(plain_float64_float64, double, double, , fma)
+DEFINE_PLAIN(plain_float16_float64, uint16_t, double, from_float16, fma)
+DEFINE_PLAIN(plain_bfloat16_float64, uint16_t, double, from_bfloat16, fma)
 
 INLINE float lerp(float average, float source, float weight)
 {
@@ -92,7 +92,7 @@ INLINE float lerp(float average, float source, float weight)
     return weight < 0.5f ? fmaf(weight, difference, average) : fmaf(-difference, 1.0f - weight, source);
 }
 
-/* Compensated; see fractions.py. The bits of an exponent alone are a power of two, and less than those of 2 ** 127 its
+/* Compensated; see modes/compensated.py. The bits of an exponent alone are a power of two, and less than those of 2 ** 127 its
  * inverse. Beside 3 * 2 ** 22 there is no room for a fraction, and the lowest bits are those of a whole number. */
 
 INLINE float from_fraction(int16_t second, float first)
@@ -136,10 +136,10 @@ INLINE int16_t to_fraction(float number, float first)
                   NAME##_loop(POINTER(const SOURCE, row[0]), POINTER(float, *average),                                 \
                               POINTER(int16_t, average[num_profiles]), row[1], weights[profile]))
 
-DEFINE_COMPENSATED(compensated_float32, float, from_float32)
-DEFINE_COMPENSATED(compensated_float64, double, )
-DEFINE_COMPENSATED(compensated_float16, uint16_t, from_float16)
-DEFINE_COMPENSATED(compensated_bfloat16, uint16_t, from_bfloat16)
+DEFINE_COMPENSATED(compensated_float32_float32, float, from_float32)
+DEFINE_COMPENSATED(compensated_float64_float32, double, )
+DEFINE_COMPENSATED(compensated_float16_float32, uint16_t, from_float16)
+DEFINE_COMPENSATED(compensated_bfloat16_float32, uint16_t, from_bfloat16)
 
 /* Stochastic. */
 

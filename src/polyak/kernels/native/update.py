@@ -8,29 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyak.kernels import fractions
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
-from .chunks import Work, cut_into_chunks, integers
 from .compiled import function
-from .crew import CREW
+from .work import CREW, Work, cut_into_chunks, integers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_AVERAGES = {
-    "plain": (torch.float32, torch.float64),
-    "compensated": (torch.float32,),
-    "stochastic": (torch.bfloat16, torch.float16),
-}
 
 
 def is_supported(row: Row) -> bool:
     """Whether the C kernel can do this row."""
     source, strides = row.source, row.source.stride()
-    if source.dtype not in _FLOATS or row.averages[0].dtype not in _AVERAGES[row.mode]:
+    if source.dtype not in _FLOATS or row.averages[0].dtype not in row.mode.in_c:
         return False
     # Vectors that are dense lie alike.
-    return all(second.dtype == fractions.DTYPE for second in row.seconds) and all(
+    return all(
         t.is_cpu and is_dense(t) and not t.is_neg() and (len(strides) <= 1 or t.stride() == strides)
         for t in row.tensors
     )
@@ -54,10 +47,8 @@ class Native:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         source, average = rows[0].source, rows[0].averages[0]
-        names = [rows[0].mode.replace("plain", "lerp"), _name(source.dtype)]
-        if rows[0].mode != "compensated":
-            names.append(_name(average.dtype))
-        self._function = function("_".join(names), ctypes.c_void_p)
+        name = f"{rows[0].mode.name}_{_name(source.dtype)}_{_name(average.dtype)}"
+        self._function = function(name, ctypes.c_void_p)
         self._tensors = [row.tensors for row in rows]  # addresses stay valid as long as these live
         self._num_elements = sum(row.source.numel() for row in rows)
         self._table = _table(rows)
@@ -80,8 +71,7 @@ def _table(rows: Sequence[Row]) -> Tensor:
     chunks = cut_into_chunks([row.tensors for row in rows], [row.first for row in rows])
     firsts = integers(row.first for row in rows)[chunks.rows] + chunks.starts
     # The bits of unsigned numbers, as signed ones.
-    numbers = [row.key or 0 for row in rows]
-    keys = integers(key - (1 << 64) if key >> 63 else key for key in numbers)
+    keys = integers(row.key - (row.key >> 63 << 64) for row in rows)
     sources, others = chunks.addresses[:, :1], chunks.addresses[:, 1:]
     return torch.cat([sources, torch.stack([chunks.counts, firsts, keys[chunks.rows]], dim=1), others], dim=1)
 

@@ -1,4 +1,4 @@
-"""Exchanges, sums of bits and a look for infinities and NaNs in C; each where the library is there and fits."""
+"""Passes over memory in C: exchanges, copies, sums of bits, the search for NaNs and infinities."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
 from polyak.kernels.pieces import is_dense
 
-from .chunks import Work, cut_into_chunks, integers
 from .compiled import function, library
-from .crew import CREW
+from .work import CREW, Work, cut_into_chunks, integers
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 _ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -104,11 +103,11 @@ def exchange_halves(rows: Rows) -> tuple[Call, Call]:
 def non_finite(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
     """What finds the positions of those that hold a NaN or an infinity; all are of one floating-point dtype."""
     table = _Table([(tensor,) for tensor in tensors])
-    look = Call(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", table, num_results=len(table.rows))
+    call = Call(f"non_finite_{str(tensors[0].dtype).removeprefix('torch.')}", table, num_results=len(table.rows))
 
     def find() -> list[int]:
-        look()
-        found = look.results != 0
+        call()
+        found = call.results != 0
         return sorted({int(row) for row in table.rows[found]}) if bool(found.any()) else []
 
     return find
@@ -121,11 +120,11 @@ def sums(tensors: Sequence[Tensor]) -> Callable[[], list[int]]:
         tensors: all of one element size, which is 2, 4 or 8 bytes.
     """
     table = _Table([(tensor,) for tensor in tensors])
-    look = Call(f"sum_{8 * tensors[0].element_size()}", table, num_results=len(table.rows))
+    call = Call(f"sum_{8 * tensors[0].element_size()}", table, num_results=len(table.rows))
 
     def find() -> list[int]:
-        look()
-        totals = torch.zeros(len(tensors), dtype=torch.int64, device="cpu").index_add_(0, table.rows, look.results)
+        call()
+        totals = torch.zeros(len(tensors), dtype=torch.int64, device="cpu").index_add_(0, table.rows, call.results)
         return cast("Any", totals).tolist()
 
     return find

@@ -1,4 +1,4 @@
-"""Conversions, against the tables of the literature to all their digits, and both ways."""
+"""Numbers that name the length of an average, in one another: against the tables of the literature, and both ways."""
 
 from __future__ import annotations
 
@@ -13,16 +13,9 @@ from hypothesis import strategies as st
 from polyak.profiles import (
     Exponential,
     Power,
-    decay_to_half_life,
-    decay_to_mean_age,
     decay_to_relative_std,
-    exponent_to_mean_age,
-    exponent_to_relative_std,
-    half_life_to_decay,
-    mean_age_to_decay,
     mean_age_to_exponent,
     relative_std_to_decay,
-    relative_std_to_exponent,
     scale_decay,
 )
 
@@ -70,8 +63,8 @@ SCALED = {0.25: (0.9999749991, 10), 2: (0.99980001, 8), 4: (0.99960006, 8), 8: (
 
 @pytest.mark.parametrize(("relative_std", "exponent"), EXPONENTS.items())
 def test_exponents_of_the_table(relative_std: float, exponent: float) -> None:
-    assert round(relative_std_to_exponent(relative_std), 10) == exponent
-    assert exponent_to_relative_std(exponent) == pytest.approx(relative_std, abs=1e-10)
+    assert round(Power(relative_std=relative_std).exponent, 10) == exponent
+    assert Power(exponent=exponent).relative_std == pytest.approx(relative_std, abs=1e-10)
 
 
 @pytest.mark.parametrize(("relative_std", "exponent"), PRINTED_EXPONENTS.items())
@@ -81,7 +74,7 @@ def test_exponents_of_the_paper(relative_std: float, exponent: float) -> None:
 
 @given(st.floats(min_value=1e-300, max_value=12**-0.5, exclude_max=True))
 def test_the_exponent_is_the_root_of_the_cubic(relative_std: float) -> None:
-    exponent = relative_std_to_exponent(relative_std)
+    exponent = Power(relative_std=relative_std).exponent
     with mpmath.workdps(1000 if relative_std < 1e-100 else 320):
         # gamma**3 + 7 gamma**2 + (16 - s**-2) gamma + (12 - s**-2) = 0, from where we are by Newton.
         tau, root = mpmath.mpf(relative_std) ** -2, mpmath.mpf(max(exponent, 1e-30))
@@ -95,39 +88,32 @@ def test_the_exponent_is_the_root_of_the_cubic(relative_std: float) -> None:
 @pytest.mark.parametrize(("decay", "lengths"), LENGTHS.items())
 def test_lengths_of_the_table(decay: float, lengths: tuple[float, float]) -> None:
     memory, half_life = lengths
-    assert decay_to_mean_age(decay) + 1 == pytest.approx(memory, rel=1e-10)
-    assert round(decay_to_half_life(decay), 1) == half_life
-    assert mean_age_to_decay(memory - 1) == pytest.approx(decay, rel=1e-15)
-    assert half_life_to_decay(half_life) == pytest.approx(decay, abs=1e-3)
+    assert Exponential(decay).mean_age() + 1 == pytest.approx(memory, rel=1e-10)
+    assert round(Exponential(decay).half_life(), 1) == half_life
+    assert Exponential(mean_age=memory - 1).decay == pytest.approx(decay, rel=1e-15)
+    assert Exponential(half_life=half_life).decay == pytest.approx(decay, abs=1e-3)
 
 
 @pytest.mark.parametrize(("kappa", "scaled"), SCALED.items())
 def test_scaling_the_batch(kappa: float, scaled: tuple[float, int]) -> None:
     decay, digits = scaled
     assert round(scale_decay(0.9999, kappa), digits) == decay
-    assert decay_to_half_life(scale_decay(0.9999, kappa)) * kappa == pytest.approx(decay_to_half_life(0.9999))
+    half_life = Exponential(scale_decay(0.9999, kappa)).half_life()
+    assert half_life * kappa == pytest.approx(Exponential(0.9999).half_life())
 
 
 @given(st.floats(min_value=0.01, max_value=1 - 1e-9))
 def test_decays_there_and_back(decay: float) -> None:
-    assert half_life_to_decay(decay_to_half_life(decay)) == pytest.approx(decay, rel=1e-14)
-    assert mean_age_to_decay(decay_to_mean_age(decay)) == pytest.approx(decay, rel=1e-14)
+    assert Exponential(half_life=Exponential(decay).half_life()).decay == pytest.approx(decay, rel=1e-14)
+    assert Exponential(mean_age=Exponential(decay).mean_age()).decay == pytest.approx(decay, rel=1e-14)
     assert relative_std_to_decay(decay_to_relative_std(decay, 1000), 1000) == pytest.approx(decay, rel=1e-14)
 
 
 @given(st.floats(min_value=1e-3, max_value=1e6))
 def test_exponents_there_and_back(exponent: float) -> None:
-    back = relative_std_to_exponent(exponent_to_relative_std(exponent))
+    back = Power(relative_std=Power(exponent=exponent).relative_std).exponent
     assert back + 2 == pytest.approx(exponent + 2, rel=1e-14)
-    assert mean_age_to_exponent(exponent_to_mean_age(exponent, 1e5), 1e5) == pytest.approx(exponent, rel=1e-11)
-
-
-def test_conversions_agree_with_the_profiles() -> None:
-    assert exponent_to_mean_age(6.94, 1000) == Power(exponent=6.94).mean_age(1000)
-    assert decay_to_half_life(0.99) == pytest.approx(Exponential(0.99).half_life(), rel=1e-15)
-    assert decay_to_mean_age(0.99) == pytest.approx(Exponential(0.99).mean_age(), rel=1e-14)
-    assert half_life_to_decay(70) == pytest.approx(Exponential(half_life=70).decay, rel=1e-15)
-    assert mean_age_to_decay(70) == pytest.approx(Exponential(mean_age=70).decay, rel=1e-15)
+    assert mean_age_to_exponent(Power(exponent=exponent).mean_age(1e5), 1e5) == pytest.approx(exponent, rel=1e-11)
 
 
 def test_a_decay_is_as_wide_as_its_relative_std() -> None:
@@ -140,10 +126,10 @@ def test_a_decay_is_as_wide_as_its_relative_std() -> None:
 
 
 def test_the_ends_of_the_range() -> None:
-    assert (decay_to_half_life(0), decay_to_half_life(1)) == (0, math.inf)
-    assert (decay_to_mean_age(0), decay_to_mean_age(1)) == (0, math.inf)
+    assert (Exponential(0).half_life(), Exponential(1).half_life()) == (0, math.inf)
+    assert (Exponential(0).mean_age(), Exponential(1).mean_age()) == (0, math.inf)
     assert (decay_to_relative_std(0, 10), decay_to_relative_std(1, 10)) == (0, math.inf)
-    assert exponent_to_relative_std(0) == 12**-0.5
+    assert Power(exponent=0).relative_std == 12**-0.5
     assert mean_age_to_exponent(50, 100) == 0
     assert (scale_decay(0, 2), scale_decay(1, 2)) == (0, 1)
 
@@ -151,13 +137,6 @@ def test_the_ends_of_the_range() -> None:
 @pytest.mark.parametrize(
     ("convert", "arguments", "message"),
     [
-        (decay_to_half_life, (1.5,), r"decay=1.5 is outside \[0, 1\]"),
-        (decay_to_mean_age, (-1,), r"decay=-1 is outside \[0, 1\]"),
-        (half_life_to_decay, (0,), "half_life=0 must be above 0 and finite"),
-        (mean_age_to_decay, (-3,), "mean_age=-3 must be above 0 and finite"),
-        (exponent_to_relative_std, (-1,), "exponent=-1 must be above -1"),
-        (relative_std_to_exponent, (0.3,), r"relative_std=0.3 is outside .* Uniform\(\)"),
-        (exponent_to_mean_age, (3, 0), "duration=0 must be above 0"),
         (
             mean_age_to_exponent,
             (100, 100),
@@ -166,6 +145,7 @@ def test_the_ends_of_the_range() -> None:
         (decay_to_relative_std, (0.9, -1), "duration=-1 must be above 0"),
         (relative_std_to_decay, (0, 10), "relative_std=0 must be above 0"),
         (scale_decay, (0.9, 0), "kappa=0 must be above 0"),
+        (scale_decay, (1.5, 2), r"decay=1.5 is outside \[0, 1\]; .* Exponential\(half_life=1.5\)"),
     ],
 )
 def test_impossible_numbers(convert: Callable[..., float], arguments: tuple[float, ...], message: str) -> None:

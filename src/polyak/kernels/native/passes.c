@@ -1,4 +1,4 @@
-/* What is done with the bits of tensors, whatever numbers they are: exchanges, sums, and a look for infinities and NaNs.
+/* Passes over the bits of tensors, whatever numbers they are: exchanges, copies, sums, the search for infinities and NaNs.
  *
  * A table has one row for each chunk; its columns stand at each function. An exchange that was done twice would be
  * none, and its caller may be interrupted right after it: so it notes in `done`, itself, that it is done, and does
@@ -7,7 +7,7 @@
 #include "common.h"
 
 /* It must equal the number in compiled.py. Raise both whenever a function or a structure changes. */
-EXPORT int polyak_version(void) { return 2; }
+EXPORT int polyak_version(void) { return 3; }
 
 /* Two addresses and a number of bytes. */
 
@@ -94,7 +94,7 @@ DEFINE_HALVES(leave)
 
 /* An address and a number of elements; one result a chunk. */
 
-#define DEFINE_LOOK(NAME, TYPE, START, EACH)                                                                           \
+#define DEFINE_REDUCTION(NAME, TYPE, START, EACH)                                                                           \
     INLINE void NAME##_body(const TYPE *restrict tensor, int64_t count, int64_t *restrict result)                      \
     {                                                                                                                  \
         START;                                                                                                         \
@@ -111,13 +111,13 @@ DEFINE_HALVES(leave)
     }
 
 #define DEFINE_NON_FINITE(NAME, TYPE, EXPONENT)                                                                        \
-    DEFINE_LOOK(NAME, TYPE, TYPE found = 0, found |= (TYPE)((tensor[i] & (TYPE)(EXPONENT)) == (TYPE)(EXPONENT)))
+    DEFINE_REDUCTION(NAME, TYPE, TYPE found = 0, found |= (TYPE)((tensor[i] & (TYPE)(EXPONENT)) == (TYPE)(EXPONENT)))
 
 DEFINE_NON_FINITE(non_finite_float16, uint16_t, 0x7C00)
 DEFINE_NON_FINITE(non_finite_bfloat16, uint16_t, 0x7F80)
 DEFINE_NON_FINITE(non_finite_float32, uint32_t, 0x7F800000)
 DEFINE_NON_FINITE(non_finite_float64, uint64_t, 0x7FF0000000000000)
 
-DEFINE_LOOK(sum_16, int16_t, int64_t found = 0, found += tensor[i])
-DEFINE_LOOK(sum_32, int32_t, int64_t found = 0, found += tensor[i])
-DEFINE_LOOK(sum_64, int64_t, uint64_t found = 0, found += (uint64_t)tensor[i])
+DEFINE_REDUCTION(sum_16, int16_t, int64_t found = 0, found += tensor[i])
+DEFINE_REDUCTION(sum_32, int32_t, int64_t found = 0, found += tensor[i])
+DEFINE_REDUCTION(sum_64, int64_t, uint64_t found = 0, found += (uint64_t)tensor[i])

@@ -1,0 +1,11 @@
+"""Modes: how averages are moved and rounded. Each is one value, with all that is said of it in its file."""
+
+from .compensated import compensated as compensated
+from .mode import Mode as Mode
+from .mode import Sources as Sources
+from .plain import lerp_ as lerp_
+from .plain import plain as plain
+from .stochastic import stochastic as stochastic
+
+# The kernel in Triton numbers them in this order.
+MODES: tuple[Mode, ...] = (plain, compensated, stochastic)
