@@ -33,8 +33,9 @@ def test_a_file(command, tmp_path):
     assert out.splitlines() == [
         f"{case.path}: timm, average 'average'",
         f"{tmp_path / 'out.pt'}: torch, 9 tensors, 294 bytes",
-        "  the input has no number of updates; n_averaged is 1, for at 0 the average is overwritten",
-        "  the layout has no place for the raw weights",
+        "  the input has no number of updates; n_averaged is set to 1: at 0 the next update would "
+        "overwrite the average",
+        "  torch files cannot hold: raw weights",
     ]
     assert polyak.read(tmp_path / "out.pt").average["0.weight"].dtype == torch.bfloat16
 

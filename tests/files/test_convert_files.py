@@ -197,14 +197,14 @@ class TestWhatIsMissing:
     def test_what_has_no_place_is_told(self, tmp_path):
         case = cases.export(tmp_path)
         done = polyak.convert(case.path, tmp_path / "out.pth", to="plain")
-        assert done.notes == ("the layout has no place for the number of updates, 3, for the decay, 0.9",)
+        assert done.notes == ("plain files cannot hold: number of updates (3), decay (0.9)",)
         average = polyak.WeightAverage(zoo.mlp(), polyak.Uniform())
         with pytest.warns(UserWarning, match="after 0 updates"):
             average.export(tmp_path / "uniform.safetensors")
         done = polyak.convert(tmp_path / "uniform.safetensors", tmp_path / "out.pt", to="torch")
-        assert "the layout has no place for the profile, Uniform()" in done.notes
+        assert "torch files cannot hold: profile (Uniform())" in done.notes
         with_decay = polyak.convert(tmp_path / "uniform.safetensors", tmp_path / "out.pt", to="torch", decay=0.5)
-        assert "the layout has no place for the decay, 0.5, for the profile, Uniform()" in with_decay.notes
+        assert "torch files cannot hold: decay (0.5), profile (Uniform())" in with_decay.notes
         done = polyak.convert(case.path, tmp_path / "out.safetensors", to="safetensors")
         assert done.notes == ()
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
@@ -218,7 +218,7 @@ def test_a_profile_that_an_export_cannot_have_is_told(tmp_path):
     training = {"net": network, "ema": {"stds": [0.05], "emas": [network]}, "state": {"cur_nimg": 64}}
     torch.save(training, tmp_path / "training-state.pt")
     done = polyak.convert(tmp_path / "training-state.pt", tmp_path / "out.safetensors", to="safetensors")
-    assert "the layout has no place for the profile, Power(relative_std=0.05), for the raw weights" in done.notes
+    assert "safetensors files cannot hold: profile (Power(relative_std=0.05)), raw weights" in done.notes
     assert polyak.read(tmp_path / "out.safetensors").profiles == {}
 
 
@@ -412,8 +412,9 @@ def test_the_account(tmp_path):
     assert str(done).splitlines() == [
         f"{case.path}: timm, average 'average'",
         f"{tmp_path / 'out.pth'}: torch, 9 tensors, 580 bytes",
-        "  the input has no number of updates; n_averaged is 1, for at 0 the average is overwritten",
-        "  the layout has no place for the raw weights",
+        "  the input has no number of updates; n_averaged is set to 1: at 0 the next update would "
+        "overwrite the average",
+        "  torch files cannot hold: raw weights",
     ]
     again = polyak.convert(case.path, tmp_path / "out.pth", to="torch")
     assert again.notes == (*done.notes, "the file that was there is replaced")

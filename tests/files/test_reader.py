@@ -39,7 +39,7 @@ def test_every_dtype_as_torch_has_it(dtype, tmp_path):
     with Reader() as reader:
         for name, tensor in (("contiguous", expected), ("transposed", expected.T)):
             raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            assert reader.bytes(tree[name]) == raw
+            assert reader.read(tree[name]) == raw
             found = torch.from_numpy(np.array(reader.array(tree[name]), order="C"))
             same = tensor.float() if DTYPES[dtype].numpy is None else tensor
             torch.testing.assert_close(found, same, rtol=0, atol=0, equal_nan=True, check_dtype=dtype != "uint16")
@@ -52,8 +52,8 @@ class TestParts:
         region = ((3, 50), (7, 9))
         with Reader() as reader:
             assert (reader.array(leaf, region) == whole[3:50, 7:9]).all()
-            assert reader.bytes(leaf, region) == whole[3:50, 7:9].tobytes()
-            assert reader.bytes(leaf, ((3, 3), (0, 100))) == b""
+            assert reader.read(leaf, region) == whole[3:50, 7:9].tobytes()
+            assert reader.read(leaf, ((3, 3), (0, 100))) == b""
             assert reader.array(leaf, ((3, 3), (0, 100))).shape == (0, 100)
 
     def test_pieces_have_bytes_too(self, numbers):
@@ -61,8 +61,8 @@ class TestParts:
         whole = every[:200].reshape(20, 10)
         leaf = Pieced("int32", (20, 10), (((0, 0), plain(path, (5, 10))), ((5, 0), plain(path, (15, 10), start=50))))
         with Reader() as reader:
-            assert reader.bytes(leaf) == whole.tobytes()
-            assert reader.bytes(leaf, ((4, 7), (2, 3))) == whole[4:7, 2:3].tobytes()
+            assert reader.read(leaf) == whole.tobytes()
+            assert reader.read(leaf, ((4, 7), (2, 3))) == whole[4:7, 2:3].tobytes()
             assert b"".join(reader.stretches(leaf, 64)) == whole.tobytes()
 
     def test_between_is_computed(self, numbers):
@@ -119,7 +119,7 @@ def test_files_are_closed(tmp_path, numbers):
     if not sys.platform.startswith("linux"):
         pytest.skip("needs /proc")
     with Reader() as reader:
-        reader.bytes(plain(path, (3,)))
+        reader.read(plain(path, (3,)))
         during = [os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)]
     after = [os.path.realpath(f"{fds}/{fd}") for fd in os.listdir(fds)]
     assert str(path.resolve()) in during
@@ -131,7 +131,7 @@ def test_a_file_that_has_become_shorter(numbers):
     leaf = plain(path, (10_000,))
     path.write_bytes(path.read_bytes()[:-4])
     with Reader() as reader, pytest.raises(polyak.FileFormatError, match="x' has become shorter since it was opened"):
-        reader.bytes(leaf)
+        reader.read(leaf)
 
 
 def test_counters_are_read_without_numpy(tmp_path):

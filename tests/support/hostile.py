@@ -126,7 +126,7 @@ def attacks(canary):
         "dropped": inner + b"0N",
         "key of a dictionary": b"}" + inner + b"Ns",
         "dotted": b"cos\npath.os.system\n(" + text(command) + b"tR",
-        "call of what is no function": text("os.system") + b"(" + text(command) + b"tR",
+        "call of something that is not a function": text("os.system") + b"(" + text(command) + b"tR",
         "call of a dtype": b"ctorch\nfloat32\n(" + text(command) + b"tR",
         "call of a storage": b"ctorch\nFloatStorage\n(J\xff\xff\xff\x7ftR",
     }

@@ -39,9 +39,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, and nothing else.")] = False,
     verify: Annotated[
         bool,
-        typer.Option(
-            "--verify", help="Read everything, and compare it with the checksums in the file; 1 is the exit code then."
-        ),
+        typer.Option("--verify", help="Verify all checksums. Exit with code 1 if anything is damaged."),
     ] = False,
 ) -> None:
     """What is in a file: its layout, its averages and weights, how they were made and how far they are apart.

@@ -187,7 +187,7 @@ class _Machine:
 
     def call(self, function: object, arguments: object) -> None:
         if not isinstance(function, Name) or not isinstance(arguments, tuple):
-            raise FileFormatError("a pickle in it is damaged: it calls what is no function")
+            raise FileFormatError("a pickle in it is damaged: it calls something that is not a function")
         given = cast("tuple[Any, ...]", arguments)
         # What is kept once in the pickle, and copied at each of many calls, is as large as its author likes.
         self.num_copied += sum(len(cast("list[Any]", part)) for part in given if isinstance(part, list))

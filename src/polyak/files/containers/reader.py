@@ -59,7 +59,7 @@ class Reader:
                 offset, num_bytes = _place(stored, region)
                 self._open(stored.span.path).expect(offset, num_bytes)
 
-    def bytes(self, leaf: Stored | Pieced, region: Region | None = None) -> bytes:
+    def read(self, leaf: Stored | Pieced, region: Region | None = None) -> bytes:
         """The bytes of a tensor, or of a region of it, as those of a tensor by itself whose numbers lie in order.
 
         Raises:
@@ -80,7 +80,7 @@ class Reader:
         (flat,) = flattened([leaf])
         assert not isinstance(flat, Between)
         for region in all_regions([flat], max(num_bytes // DTYPES[leaf.dtype].num_bytes, 1)):
-            yield self.bytes(flat, region)
+            yield self.read(flat, region)
 
     def array(self, leaf: Leaf, region: Region | None = None) -> Array:
         """The numbers of a tensor, or of a region of it, in an array of its shape, none of them changed.

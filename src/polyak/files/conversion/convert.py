@@ -285,14 +285,14 @@ def _say_what_is_lost(material: Material, layout: Written, about: Mapping[str, A
     if isinstance(profile, Exponential) and known is not None:
         kept |= {"profile"}
     facts = (
-        (num_updates(checkpoint), "updates", "the number of updates, {}"),
-        (known if material.decay is None else material.decay, "decay", "the decay, {}"),
-        (profile, "profile", "the profile, {}"),
-        (material.raw, "raw", "the raw weights"),
+        (num_updates(checkpoint), "updates", "number of updates ({})"),
+        (known if material.decay is None else material.decay, "decay", "decay ({})"),
+        (profile, "profile", "profile ({})"),
+        (material.raw, "raw", "raw weights"),
     )
     lost = [text.format(value) for value, key, text in facts if value is not None and key not in kept]
     if lost:
-        material.note(f"the layout has no place for {', for '.join(lost)}")
+        material.note(f"{layout.name} files cannot hold: {', '.join(lost)}")
 
 
 def _tensors_of(material: Material, layout: Written, content: Mapping[str, Any]) -> list[Tensor]:

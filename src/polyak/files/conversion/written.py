@@ -184,7 +184,10 @@ def _n_averaged(material: Material) -> Tensor:
     count = num_copies(material.checkpoint)
     if count is None:
         count = 1
-        material.note("the input has no number of updates; n_averaged is 1, for at 0 the average is overwritten")
+        material.note(
+            "the input has no number of updates; n_averaged is set to 1: "
+            "at 0 the next update would overwrite the average"
+        )
     return torch.tensor(count)
 
 

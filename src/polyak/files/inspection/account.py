@@ -79,7 +79,7 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class NonFiniteTensor:
-    """A tensor with numbers that are none, among those that were read."""
+    """A tensor with NaN or infinite values among those read."""
 
     weights: str
     name: str
@@ -165,7 +165,7 @@ class Account:
 
 
 def plain(account: Account) -> dict[str, Any]:
-    """The account as JSON can hold it: a number that is none is null, an integer beyond 64 bits a text.
+    """The account as JSON can hold it: NaN and infinity become null, integers beyond 64 bits strings.
 
     Example:
         >>> plain(Distance("average", None, math.nan, 3, 3))["relative"] is None

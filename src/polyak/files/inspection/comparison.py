@@ -206,7 +206,7 @@ def modules(names: Sequence[str]) -> list[str]:
 
 
 def nonfinite(rows: Iterable[Row]) -> tuple[NonFiniteTensor, ...]:
-    """The tensors with numbers that are none."""
+    """The tensors with NaN or infinite values."""
     return tuple(
         NonFiniteTensor(key, row.name, num_nan, num_infinite)
         for row in rows

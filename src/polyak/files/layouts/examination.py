@@ -250,7 +250,7 @@ def _number(value: object) -> int | float | None:
         form = DTYPES[value.dtype].struct
         if form is not None:
             with Reader() as reader:
-                return struct.unpack(f"<{form}", reader.bytes(value))[0]
+                return struct.unpack(f"<{form}", reader.read(value))[0]
     return value if isinstance(value, (int, float)) else None
 
 

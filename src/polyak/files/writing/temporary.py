@@ -99,7 +99,7 @@ def _remove_if_dead(path: Path, *, is_folder: bool) -> None:
 
 
 def _lock(descriptor: int, *, wait: bool) -> bool:
-    """Whether the lock was to be had. Where there are no locks, there are none to be had."""
+    """Whether the lock was acquired; always False if locking is not supported."""
     if sys.platform == "win32":
         return False
     try:
