@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from polyak.files.writing import temporary
-from polyak.files.writing import whole as write
+from polyak.files.writing import whole
 
 NEW, OLD = b"new" * 10_000, b"old"
 
@@ -28,12 +27,12 @@ def old(tmp_path):
 
 
 def put(path, content=(NEW,)):
-    with write.replacing(path) as file:
+    with whole.replacing(path) as file:
         file.writelines(content)
 
 
 def fail(path, error):
-    with write.replacing(path) as file:
+    with whole.replacing(path) as file:
         file.write(NEW)
         raise error
 
@@ -162,7 +161,7 @@ class TestPermissions:
     @pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o755])
     def test_a_file_that_was_there_keeps_its_own(self, old, mode):
         old.chmod(mode)
-        with write.replacing(old) as file:
+        with whole.replacing(old) as file:
             # Nobody reads what is written who may not read what it replaces.
             assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == mode
             file.write(NEW)
@@ -209,7 +208,7 @@ class TestNames:
     @pytest.mark.parametrize("name", ["x" * 255, "ä" * 127, "x" * 230, ".hidden", "with space", "new\nline", "[a]*?"])
     def test_every_name_that_the_disk_takes(self, tmp_path, name):
         put(tmp_path / name)
-        temporary._new_name(tmp_path / name).touch()
+        whole._new_name(tmp_path / name).touch()
         put(tmp_path / name)
         assert names(tmp_path) == [name]
 
@@ -250,11 +249,11 @@ class TestLeftovers:
 
     @pytest.mark.protects
     def test_what_is_being_written_stays(self, old):
-        with write.replacing(old) as first:
+        with whole.replacing(old) as first:
             first.write(b"first")
-            with write.replacing(old) as second:
+            with whole.replacing(old) as second:
                 second.write(b"second")
-                temporary.remove_leftovers(old)
+                whole.remove_leftovers(old)
                 assert len(names(old.parent)) == 3
             assert old.read_bytes() == b"second"
         assert old.read_bytes() == b"first"
@@ -277,16 +276,16 @@ class TestLeftovers:
 
     @pytest.mark.protects
     def test_a_file_that_is_taken_for_a_leftover_before_it_is_locked(self, old, monkeypatch):
-        lock, removed = temporary._lock, []
+        lock, removed = whole._lock, []
 
         def late(descriptor, *, wait):
             if wait and not removed:
                 before = names(old.parent)
-                temporary.remove_leftovers(old)
+                whole.remove_leftovers(old)
                 removed.extend(set(before) - set(names(old.parent)))
             return lock(descriptor, wait=wait)
 
-        monkeypatch.setattr(temporary, "_lock", late)
+        monkeypatch.setattr(whole, "_lock", late)
         put(old)
         assert len(removed) == 1
         assert old.read_bytes() == NEW
@@ -316,7 +315,7 @@ def test_two_writers_at_once_each_leave_a_whole_file(tmp_path):
 
 
 def fill(folder, files, *, meanwhile=lambda: None):
-    with write.new_folder(folder) as made:
+    with whole.new_folder(folder) as made:
         for name in files:
             (made / name).write_bytes(NEW)
         meanwhile()
@@ -328,7 +327,7 @@ def _interrupt():
 
 class TestNewFolder:
     def test_it_is_not_there_before_the_end(self, tmp_path):
-        with write.new_folder(tmp_path / "folder") as made:
+        with whole.new_folder(tmp_path / "folder") as made:
             (made / "a").write_bytes(NEW)
             assert not (tmp_path / "folder").exists()
         assert (tmp_path / "folder" / "a").read_bytes() == NEW
@@ -343,7 +342,7 @@ class TestNewFolder:
     def test_an_empty_folder_is_taken_with_its_mode(self, tmp_path):
         (tmp_path / "folder").mkdir(mode=0o700)
         (tmp_path / "link").symlink_to("folder")
-        with write.new_folder(tmp_path / "link") as made:
+        with whole.new_folder(tmp_path / "link") as made:
             (made / "a").touch()
         assert names(tmp_path / "folder") == ["a"]
         assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == 0o700
@@ -355,7 +354,7 @@ class TestNewFolder:
         (tmp_path / "folder" / "a").write_bytes(OLD)
         with (
             pytest.raises(FileExistsError, match="there is a folder with 1 entry; choose another name, or remove it"),
-            write.new_folder(tmp_path / "folder"),
+            whole.new_folder(tmp_path / "folder"),
         ):
             raise AssertionError("it is refused before anything is written")
         assert (tmp_path / "folder" / "a").read_bytes() == OLD
@@ -368,13 +367,13 @@ class TestNewFolder:
         assert names(folder) == ["b", "c"]
 
     def test_a_file_of_that_name_stays(self, old):
-        with pytest.raises(FileExistsError, match="there is a file; choose"), write.new_folder(old):
+        with pytest.raises(FileExistsError, match="there is a file; choose"), whole.new_folder(old):
             pass
         assert_is_as_it_was(old)
 
     def test_the_next_one_tidies_up_after_a_killed_one(self, tmp_path):
         left = left_by_killed_writer(tmp_path / "folder", folder=True)
         assert names(tmp_path / left) == ["part"]
-        with write.new_folder(tmp_path / "folder"):
+        with whole.new_folder(tmp_path / "folder"):
             assert len(names(tmp_path)) == 1
         assert names(tmp_path) == ["folder"]

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Format, Names, SkipObjects, read_names
-from .text import as_options, inert
+from .text import Format, Names, SkipObjects, as_options, inert, read_names
 
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _MAX_LINE = 400

@@ -8,16 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyak.kernels import (
-    HALF,
-    Mode,
-    average_dtype,
-    check_floating_point,
-    compensated,
-    dead_zone,
-    plain,
-    stochastic,
-)
+from polyak.kernels import HALF, Mode, average_dtype, check_floating_point, compensated, dead_zone, plain, stochastic
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ from polyak.files.layouts import Found, Note, examine
 from polyak.model import Site, gather, unwrap, walk
 from polyak.names import parts_around, renaming
 
-from .checkpoint import Checkpoint
-from .tensors import Pages
+from .checkpoint import Checkpoint, Pages
 
 Shape = tuple[int, ...]
 

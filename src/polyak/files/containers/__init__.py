@@ -1,10 +1,10 @@
 """How files hold tensors: opened as trees of tensors that are not read yet. Without torch, and running nothing."""
 
+from .content import CONFIGURATION as CONFIGURATION
 from .content import STATES as STATES
 from .content import damaged as damaged
 from .content import open_content as open_content
-from .folder import CONFIGURATION as CONFIGURATION
-from .folder import read_json as read_json
+from .content import read_json as read_json
 from .reader import Reader as Reader
 from .reader import wide as wide
 from .regions import Region as Region

@@ -2,19 +2,133 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import struct
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 from polyak.errors import FileFormatError
+from polyak.files.dtypes import BY_SAFETENSORS
 
 from .archive import is_archive, is_legacy, read_archive, read_legacy
 from .distributed import INDEX, read_distributed
-from .folder import CONFIGURATION, read_indexed, read_json_inside, weights_file
-from .safetensors_header import is_safetensors, read_safetensors
-from .stored import Content, Record, Stored
+from .stored import Content, Record, Span, Stored, dense_stride, stored
+
+# In the order in which the libraries themselves look for them.
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
+SUFFIXES = (".safetensors", ".bin")
+CONFIGURATION = "config.json"
+_MAX_JSON = 1 << 25
+
+
+def weights_file(folder: Path) -> Path | None:
+    """The file of a folder that has the weights, or the index of such files; of variants, the only one.
+
+    Raises:
+        FileFormatError: there are several variants, and none without a name.
+    """
+    for stem in STEMS:
+        for suffix in SUFFIXES:
+            for name in (f"{stem}{suffix}", f"{stem}{suffix}.index.json"):
+                if (folder / name).is_file():
+                    return folder / name
+    for stem in STEMS:
+        for suffix in SUFFIXES:
+            variants = {
+                *folder.glob(f"{stem}{suffix}.index.*.json"),
+                *(one for one in folder.glob(f"{stem}.*{suffix}") if one.name.count(".") == 2),
+            }
+            if len(variants) > 1:
+                raise FileFormatError(
+                    f"has several variants, {', '.join(sorted(one.name for one in variants))}: give one of these files"
+                )
+            if variants:
+                return variants.pop()
+    return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A dictionary that a file of JSON holds.
+
+    Raises:
+        FileFormatError: it holds none.
+    """
+    if path.stat().st_size > _MAX_JSON:
+        raise FileFormatError(f"has {path.stat().st_size:,} bytes, which no model needs")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError("is no JSON") from error
+    if not isinstance(content, dict):
+        raise FileFormatError("holds no dictionary")
+    return cast("dict[str, Any]", content)
+
+
+def read_json_inside(path: Path) -> dict[str, Any]:
+    """The same of a file in the folder that is read, whose name stands before what is wrong."""
+    try:
+        return read_json(path)
+    except FileFormatError as error:
+        raise error.inside(f"has {path.name!r}, which") from error.__cause__
+
+
+def read_indexed(index: Path, read_file: Callable[[Path], dict[Any, Any]]) -> dict[Any, Any]:
+    """The tensors of all files that an index names, after each was found where the index says that it is."""
+    places = read_json_inside(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise FileFormatError(f"has the index {index.name!r} without a weight_map")
+    given = cast("dict[str, Any]", places)
+    tensors: dict[Any, Any] = {}
+    for name in dict.fromkeys(map(str, given.values())):
+        if Path(name).name != name or name in (".", ".."):
+            raise FileFormatError(f"has the index {index.name!r}, which leads out of its folder: {name[:80]!r}")
+        if not (index.parent / name).is_file():
+            raise FileFormatError(f"lacks {name[:80]!r}, which {index.name!r} names")
+        found = read_file(index.parent / name)
+        wanted = [key for key, file in given.items() if file == name]
+        lacking = [key for key in wanted if key not in found]
+        if lacking:
+            raise FileFormatError(f"lacks {lacking[0][:80]!r} in {name!r}, where {index.name!r} says that it is")
+        tensors |= {key: found[key] for key in wanted}
+    return tensors
+
+
+_MAX_HEADER = 100_000_000
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file that begins so has a header of JSON behind its length."""
+    return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
+    # It comes from the library's own core, and does not need torch.
+    from safetensors import safe_open  # pyright: ignore[reportUnknownVariableType]  # its parts have no types
+
+    with cast("Any", safe_open)(path, framework="numpy") as checked:
+        names: set[str] = set(checked.keys())
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+    assert header.keys() == names
+    tensors: dict[str, Stored] = {}
+    for place, (name, entry) in enumerate(header.items()):
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in BY_SAFETENSORS:
+            raise FileFormatError(f"has the tensor {name[:80]!r} of dtype {entry['dtype']}, which is not read")
+        span = Span(path, 8 + length + begin, end - begin)
+        # Nothing is tied in this format; empty tensors, which lie in one place, are told apart by where they begin.
+        start = 0 if end > begin else place
+        tensors[name] = stored(BY_SAFETENSORS[entry["dtype"]].name, shape, dense_stride(shape), start, span)
+    return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata
+
 
 _INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
 # In what is known about a folder: files beside the weights in which accelerate keeps what it was given.

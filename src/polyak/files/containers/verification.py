@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from .archive import Window, is_archive, is_legacy
-from .content import open_content
+from .content import is_safetensors, open_content
 from .reader import Reader
-from .safetensors_header import is_safetensors
 from .stored import Stored
 
 # In the metadata of a safetensors file: the first digits of the SHA-256 of each tensor's bytes, by name.

@@ -20,8 +20,7 @@ from polyak.files.writing import write_safetensors, write_sharded
 from polyak.kernels import check_floating_point
 from polyak.profiles import Exponential
 
-from .material import Maker, Material, complete, first_names, order_of
-from .progress import decay_of, num_updates
+from .material import Maker, Material, complete, decay_of, first_names, num_updates, order_of
 from .written import WRITTEN, Written
 
 _FILES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".json")

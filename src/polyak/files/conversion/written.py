@@ -12,8 +12,7 @@ from torch import Tensor
 
 from polyak.files.layouts import LAYOUTS
 
-from .material import Material, first_names, separate
-from .progress import decay_of, diffusers_fields, num_copies, num_updates, warm_up
+from .material import Material, decay_of, diffusers_fields, first_names, num_copies, num_updates, separate, warm_up
 
 # What timm, diffusers and others take where nothing is said.
 _DECAY = 0.9999

@@ -11,16 +11,7 @@ from torch import Tensor
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
-from .encoding import (
-    CHUNK_COLUMNS,
-    COUNT_SHIFT,
-    FORMATS,
-    KIND_SHIFT,
-    PACKED,
-    VECTOR_SIZE,
-    kind_of,
-    signed,
-)
+from .encoding import CHUNK_COLUMNS, COUNT_SHIFT, FORMATS, KIND_SHIFT, PACKED, VECTOR_SIZE, kind_of, signed
 
 # Elements that a program takes at once: 8 for each of 128 threads, and one program for a 32x32 tensor.
 BLOCK = 1024
