@@ -111,7 +111,7 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
 
 
 def _segments(row: Row) -> Iterator[tuple[int, int]]:
-    """The row, cut wherever the upper 32 bits of a pair's number change: the key depends on them."""
+    """The row, cut wherever a segment ends: wherever the upper 32 bits of a pair's number change, and so the key."""
     start, size = 0, row.source.numel()
     while start < size:
         stop = min(size, (((row.first + start >> 33) + 1) << 33) - row.first)
