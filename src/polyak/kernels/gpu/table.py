@@ -96,8 +96,8 @@ def _record(row: Row) -> list[int]:
 def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
     """The chunks of one row: those that vectors can read, and what is left over or not aligned."""
     for start, stop in _segments(row):
-        addresses = [tensor.data_ptr() // tensor.element_size() + start for tensor in row.tensors]
-        aligned = all(address % VECTOR_SIZE == 0 for address in addresses)
+        sizes = [(tensor.data_ptr(), tensor.element_size()) for tensor in row.tensors]
+        aligned = all((address + start * size) % (VECTOR_SIZE * size) == 0 for address, size in sizes)
         # Vectors hold whole pairs of neighbours, which share their random bits.
         aligned = aligned and (not row.mode.draws or (row.first + start) % 2 == 0)
         # A small tensor of an odd size is one chunk, not two.
