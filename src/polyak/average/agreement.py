@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, distributed
 
 from polyak.errors import MismatchError, StateError, listed
-from polyak.kernels import checksums, parts_of
+from polyak.kernels import checksums, pieces_of
 from polyak.model import Entry
 from polyak.ranks import apart, given_by_all, is_initialized, reduced, sending
 
@@ -301,7 +301,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        for part in parts_of(tensor.detach().resolve_conj().resolve_neg()):
+        for part in pieces_of(tensor.detach().resolve_conj().resolve_neg()):
             digest.update(cast("Any", part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
     return digest.hexdigest()
 

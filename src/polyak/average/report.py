@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polyak.errors import listed, outside
-from polyak.kernels import checksums, parts_of
+from polyak.kernels import checksums, pieces_of
 from polyak.model import Action
 from polyak.profiles import Profile
 from polyak.ranks import sums_of_parts
@@ -255,7 +255,7 @@ def _squares(average: Tensor, source: Tensor) -> tuple[float, float]:
     wide = torch.complex128 if average.is_complex() else torch.float64
     apart = size = 0.0
     # A few millions of numbers at a time: whole tensors in float64 would take more memory than the averages.
-    for few, its_source in zip(parts_of(average), parts_of(source), strict=True):
+    for few, its_source in zip(pieces_of(average), pieces_of(source), strict=True):
         reference = its_source.to(few.device, wide)
         apart += float((few.to(wide) - reference).abs().square().sum())
         size += float(reference.abs().square().sum())

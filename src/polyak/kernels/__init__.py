@@ -1,4 +1,19 @@
-"""Arithmetic on lists of plain tensors: kernels know no modules and no profiles."""
+"""Arithmetic on lists of plain tensors: kernels know no modules and no profiles.
+
+A plan groups rows by the kernel that updates them: in C (`native/`), in Triton (`gpu/`), or in torch's operations
+(`eager`). What an update does to an average is its mode (`modes/`), and all kernels have the same bits.
+
+The words for what tensors are cut into:
+    row         a source and its averages, one a profile
+    part        what a rank has of a whole tensor; `first` and `strides` say where it lies
+    stretch     memory that elements fill without gaps
+    piece       a view of a tensor, small enough for a temporary or the scratch buffer
+    batch       pieces that go through the scratch buffer together
+    chunk       an entry of a table in C or Triton: the elements of a row that are gone through at once
+    portion     the chunks that a thread takes at once
+    block       the elements of a chunk that a program on the GPU takes at once
+    segment     the 2 ** 33 elements of a tensor whose random bits share a key
+"""
 
 from .copies import Copies as Copies
 from .gpu import Control as Control
@@ -26,9 +41,9 @@ from .native import Versions as Versions
 from .native import tried_way as tried_way
 from .native import why_not_in_c as why_not_in_c
 from .pieces import copy_ as copy_
-from .pieces import flat_parts as flat_parts
 from .pieces import is_dense as is_dense
-from .pieces import parts_of as parts_of
+from .pieces import pieces_of as pieces_of
+from .pieces import stretches_of as stretches_of
 from .plan import Plan as Plan
 from .precision import HALF as HALF
 from .precision import average_dtype as average_dtype

@@ -15,7 +15,7 @@ from torch import Tensor
 # Elements of scratch: 1 MiB of float32 stays in the cache of a CPU; a GPU wants fewer, larger launches.
 _CPU_ELEMENTS = 1 << 18
 _GPU_ELEMENTS = 1 << 24
-PART_ELEMENTS = 1 << 20  # what a temporary in float64 or int64 may take: 8 MiB
+PIECE_ELEMENTS = 1 << 20  # what a temporary in float64 or int64 may take: 8 MiB
 
 
 @dataclass
@@ -97,13 +97,13 @@ def _split(row: tuple[Tensor, ...], limit: int) -> Iterator[tuple[Tensor, ...]]:
         yield from _split(tuple(tensor.narrow(dim, middle, first.shape[dim] - middle) for tensor in row), limit)
 
 
-def parts_of(tensor: Tensor, *, most: int = PART_ELEMENTS) -> Iterator[Tensor]:
-    """The tensor in parts of at most `most` elements, for what needs a temporary of another dtype.
+def pieces_of(tensor: Tensor, *, most: int = PIECE_ELEMENTS) -> Iterator[Tensor]:
+    """The tensor in pieces of at most `most` elements, for what needs a temporary of another dtype.
 
     Two tensors of one shape are cut alike.
 
     Example:
-        >>> [tuple(part.shape) for part in parts_of(torch.empty(3, 1 << 20))]
+        >>> [tuple(piece.shape) for piece in pieces_of(torch.empty(3, 1 << 20))]
         [(1, 1048576), (1, 1048576), (1, 1048576)]
     """
     if tensor.dim() == 0 or tensor.numel() <= most:
@@ -112,18 +112,18 @@ def parts_of(tensor: Tensor, *, most: int = PART_ELEMENTS) -> Iterator[Tensor]:
     row_elements = tensor.numel() // tensor.shape[0]
     if row_elements > most:
         for row in tensor.unbind(0):
-            yield from parts_of(row, most=most)
+            yield from pieces_of(row, most=most)
     else:
         rows = most // row_elements
         for start in range(0, tensor.shape[0], rows):
             yield tensor[start : start + rows]
 
 
-def flat_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensor as flat views of its memory, as few as there are gaps in it; tensors of one layout are cut alike.
+def stretches_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensor as flat views of the stretches that it fills; tensors of one layout are cut alike.
 
     Example:
-        >>> [part.tolist() for part in flat_parts(torch.arange(6).view(2, 3)[:, :2])]
+        >>> [stretch.tolist() for stretch in stretches_of(torch.arange(6).view(2, 3)[:, :2])]
         [[0, 1], [3, 4]]
     """
     if tensor.numel() == 0:
@@ -133,7 +133,7 @@ def flat_parts(tensor: Tensor) -> Iterator[Tensor]:
         return
     dimension = max(range(tensor.dim()), key=lambda d: tensor.stride(d) * (tensor.shape[d] > 1))
     for row in tensor.unbind(dimension):
-        yield from flat_parts(row)
+        yield from stretches_of(row)
 
 
 def _same_dense_layout(one: Tensor, other: Tensor) -> bool:

@@ -77,8 +77,8 @@ def mix64(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def part_key(step: int, key: int, pair: int) -> tuple[int, int]:
-    """The two halves of the key for pairs that share the upper 32 bits of this one, the lower half first."""
+def segment_key(step: int, key: int, pair: int) -> tuple[int, int]:
+    """The halves of the key of a segment, the lower one first: its pairs share the upper 32 bits of this one."""
     mixed = mix64(step ^ key ^ ((pair >> 32) * GOLDEN & _MASK_64))
     return mixed & _MASK_32, mixed >> 32
 
@@ -118,11 +118,11 @@ def draw(batch: Batch, origins: Sequence[tuple[int, int]], step: int) -> Tensor:
     for piece, number in zip(batch.columns[1], batch.rows, strict=True):
         tensor, origin = origins[number]
         here = _offsets(piece).add_(origin + piece.storage_offset())
-        parts = here >> 33
-        lowest, highest = int(parts.min()), int(parts.max())
-        keys = [part_key(step, tensor, part << 32) for part in range(lowest, highest + 1)]
+        segments = here >> 33
+        lowest, highest = int(segments.min()), int(segments.max())
+        keys = [segment_key(step, tensor, segment << 32) for segment in range(lowest, highest + 1)]
         key = torch.tensor(keys, dtype=torch.int64, device=piece.device)
-        halves.append(key.expand(len(here), 2) if len(key) == 1 else key[parts - lowest])
+        halves.append(key.expand(len(here), 2) if len(key) == 1 else key[segments - lowest])
         places.append(here)
     first_halves, second_halves = torch.cat(halves).unbind(1)
     place = torch.cat(places)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .pieces import PART_ELEMENTS, parts_of
+from .pieces import PIECE_ELEMENTS, pieces_of
 
 _DEVICE_ELEMENTS = 1 << 26
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -105,10 +105,10 @@ def _checksums(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _checksum(tensor: Tensor) -> Tensor:
-    # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken in small parts. A GPU makes no
-    # copy, but each part costs launches.
-    most = PART_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
-    first, *others = (_bits(part).sum(dtype=torch.int64) for part in parts_of(tensor, most=most))
+    # On a CPU a sum in another dtype first makes a copy in that dtype, so it is taken in small pieces. A GPU makes no
+    # copy, but each piece costs launches.
+    most = PIECE_ELEMENTS if tensor.device.type == "cpu" else _DEVICE_ELEMENTS
+    first, *others = (_bits(piece).sum(dtype=torch.int64) for piece in pieces_of(tensor, most=most))
     return torch.stack([first, *others]).sum() if others else first
 
 

@@ -31,17 +31,17 @@ class Profile(abc.ABC):
 
     @abc.abstractmethod
     def growth(self, previous: float, now: float) -> float:
-        """Returns log(g(now) / g(previous)), the growth of the mass between two updates.
+        """log(g(now) / g(previous)), the growth of the mass between two updates.
 
         It is at least 0, exactly 0.0 where now == previous, and math.inf where everything before is forgotten.
         A subclass writes it without cancellation, never as a difference of two log g.
 
         Args:
-            previous: Time of the update before.
-            now: Time of this update.
+            previous: time of the update before.
+            now: time of this update.
 
         Raises:
-            ValueError: A time is negative or not finite, or `now` lies before `previous`.
+            ValueError: a time is negative or not finite, or `now` lies before `previous`.
 
         Example:
             >>> import math
@@ -52,14 +52,14 @@ class Profile(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Returns plain data, fit for JSON, that `profile_from_description` turns into an equal profile."""
+        """Plain data, fit for JSON, that `profile_from_description` turns into an equal profile."""
 
     def weight(self, previous: float, now: float) -> float:
-        """Returns the weight of the source in an update: 1 - g(previous) / g(now), what `torch.lerp` takes.
+        """The weight of the source in an update: 1 - g(previous) / g(now), what `torch.lerp` takes.
 
         Args:
-            previous: Time of the update before.
-            now: Time of this update.
+            previous: time of the update before.
+            now: time of this update.
 
         Example:
             >>> from polyak.profiles import Exponential
@@ -69,16 +69,16 @@ class Profile(abc.ABC):
         return -math.expm1(-self.growth(previous, now))
 
     def weights(self, times: Iterable[float]) -> list[float]:
-        """Returns the share of each time's weights in the average at the last of the times.
+        """The share of each time's weights in the average at the last of the times.
 
         The average is updated at exactly these times. If the first is 0, its share is that of the initial weights.
         Otherwise their share is left out, and the sum is 1 - initial_weight(times[-1]).
 
         Args:
-            times: Increasing times, at least one.
+            times: increasing times, at least one.
 
         Raises:
-            ValueError: There are no times, or they do not increase.
+            ValueError: there are no times, or they do not increase.
 
         Example:
             >>> from polyak.profiles import Exponential
@@ -100,7 +100,7 @@ class Profile(abc.ABC):
         return shares if times[0] else [math.exp(-later[0]), *shares[1:]]
 
     def initial_weight(self, now: float) -> float:
-        """Returns the share that the initial weights still have at time `now`: g(0) / g(now).
+        """The share that the initial weights still have at time `now`: g(0) / g(now).
 
         Example:
             >>> from polyak.profiles import Exponential, Power
@@ -110,14 +110,14 @@ class Profile(abc.ABC):
         return math.exp(-self.growth(0, now))
 
     def learning_rate_decay(self, step: float, now: float) -> float:
-        """Returns the factor by which averaging multiplies the update made in a step: 1 - g(step - 1) / g(now).
+        """The factor by which averaging multiplies the update made in a step: 1 - g(step - 1) / g(now).
 
         Along one trajectory, the average at `now` lies where training would have arrived, had the update of each step
         been multiplied by its factor. Uniform averaging, for instance, is a linear decay of the learning rate.
 
         Args:
-            step: The step of the update, counted from 1.
-            now: The step at which the average is taken.
+            step: the step of the update, counted from 1.
+            now: the step at which the average is taken.
 
         Raises:
             ValueError: `step` does not lie between 1 and `now`.
@@ -132,7 +132,7 @@ class Profile(abc.ABC):
         return self.weight(step - 1, now)
 
     def mean_age(self, now: float = math.inf) -> float:
-        """Returns the mean age of the weights in the average at time `now`; the initial weights have age `now`.
+        """The mean age of the weights in the average at time `now`; the initial weights have age `now`.
 
         Without a closed form, the average is taken as updated at every whole step s, and
         mean_age(now) = sum of g(s) / g(now) over 0 <= s < now.
@@ -140,7 +140,7 @@ class Profile(abc.ABC):
         `Power` and `Uniform` give the limit of many updates, in which time is continuous: now / (exponent + 2).
 
         Args:
-            now: Time at which the average is taken, by default the limit of a long run.
+            now: time at which the average is taken, by default the limit of a long run.
 
         Raises:
             ValueError: `now` is negative, or no whole number where there is no closed form.
@@ -155,12 +155,12 @@ class Profile(abc.ABC):
         return total
 
     def half_life(self, now: float = math.inf) -> float:
-        """Returns the age up to which half the mass of the average at `now` lies: growth(now - age, now) = log(2).
+        """The age up to which half the mass of the average at `now` lies: growth(now - age, now) = log(2).
 
         It is at most `now`, the age of the initial weights, which may hold more than half.
 
         Args:
-            now: Time at which the average is taken, by default the limit of a long run.
+            now: time at which the average is taken, by default the limit of a long run.
 
         Raises:
             ValueError: `now` is negative, or no whole number where there is no closed form.

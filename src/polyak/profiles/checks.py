@@ -34,7 +34,7 @@ def check_now(now: float) -> None:
 
 
 def check_decay(name: str, value: float) -> float:
-    """Returns a decay as a float, or raises where it is no number in [0, 1].
+    """A decay as a float; raises if it is not a number in [0, 1].
 
     Example:
         >>> check_decay("decay", -1)
@@ -52,7 +52,7 @@ def check_decay(name: str, value: float) -> float:
 
 
 def check_positive(name: str, value: float) -> float:
-    """Returns a finite number above 0 as a float, or raises."""
+    """A finite number above 0 as a float; raises for anything else."""
     check_number(name, value)
     if 0 < value < math.inf:
         return float(value)
@@ -60,6 +60,6 @@ def check_positive(name: str, value: float) -> float:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raises TypeError for what is no real number, and for a bool, which would pass for 0 or 1."""
+    """Raises TypeError if it is not a real number, or a bool, which would pass for 0 or 1."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}={value!r} must be a number, not {type(value).__name__}")

@@ -23,10 +23,10 @@ def register_schedule(name: str) -> Callable[[AnyFunction], AnyFunction]:
     [0, 1]. It must be registered again, by the same code, before what was saved with it is loaded.
 
     Args:
-        name: Name for `Schedule(name, ...)`, one that is not taken.
+        name: name for `Schedule(name, ...)`, one that is not taken.
 
     Raises:
-        ValueError: The name is taken by another function.
+        ValueError: the name is taken by another function.
 
     Example:
         >>> from polyak.profiles import Schedule
@@ -46,7 +46,7 @@ def register_schedule(name: str) -> Callable[[AnyFunction], AnyFunction]:
 
 
 def decay_function(name: str) -> DecayFunction:
-    """Returns the function that is registered under a name, or raises ValueError with the names that are known."""
+    """The function that is registered under a name; raises ValueError with the known names if there is none."""
     if name not in _FUNCTIONS:
         known = ", ".join(map(repr, sorted(_FUNCTIONS)))
         raise ValueError(f"no schedule is called {name!r}; register it with @register_schedule, or use one of {known}")
@@ -69,8 +69,7 @@ def inverse_gamma(
     reached. timm's `ModelEmaV3(use_warmup=True)`, ema-pytorch's `EMA` and diffusers' `EMAModel(use_ema_warmup=True)`
     do this; k-diffusion's `EMAWarmup`, where it comes from, does it with `power` 1 and `decay` 1 by default.
 
-    Source:
-        Crowson, k-diffusion, `EMAWarmup`. Wightman, timm, `ModelEmaV3.get_decay`.
+    Source: Crowson, k-diffusion, `EMAWarmup`; Wightman, timm, `ModelEmaV3.get_decay`.
     """
     passed = step - update_after - 1
     if passed <= 0:
@@ -85,8 +84,7 @@ def tensorflow(step: int, *, decay: float = 0.999) -> float:
     Before `decay` is reached, after about 9 / (1 - decay) steps, it is not an exponential average at all but nearly
     `Power(exponent=8)`.
 
-    Source:
-        TensorFlow, `tf.train.ExponentialMovingAverage` with num_updates = step.
+    Source: TensorFlow, `tf.train.ExponentialMovingAverage` with num_updates = step.
     """
     return min(decay, (1 + step) / (10 + step))
 
@@ -97,8 +95,7 @@ def diffusers(step: int, *, decay: float = 0.9999, min_decay: float = 0.0, updat
 
     Up to step update_after + 1 the weights are copied.
 
-    Source:
-        Diffusers, `EMAModel.get_decay` with use_ema_warmup=False.
+    Source: Diffusers, `EMAModel.get_decay` with use_ema_warmup=False.
     """
     passed = step - update_after - 1
     if passed <= 0:
@@ -110,8 +107,7 @@ def diffusers(step: int, *, decay: float = 0.9999, min_decay: float = 0.0, updat
 def ultralytics(step: int, *, decay: float = 0.9999, tau: float = 2000) -> float:
     """Ultralytics' ramp: decay * (1 - exp(-step / tau)).
 
-    Source:
-        Ultralytics, `ModelEMA`.
+    Source: Ultralytics, `ModelEMA`.
     """
     return -decay * math.expm1(-step / tau)
 
@@ -122,9 +118,8 @@ def cosine(step: int, *, base: float = 0.996, num_steps: int) -> float:
 
     decay = 1 - (1 - base) * (1 + cos(pi * t / num_steps)) / 2 with t = step - 1, as BYOL and DINO count.
 
-    Source:
-        Grill et al., Bootstrap your own latent: a new approach to self-supervised learning, 2020.
-        Caron et al., Emerging properties in self-supervised vision transformers, 2021.
+    Source: Grill et al., Bootstrap your own latent: a new approach to self-supervised learning, 2020; Caron et al.,
+    Emerging properties in self-supervised vision transformers, 2021.
     """
     passed = min(step - 1, num_steps)
     return 1 - (1 - base) * math.cos(math.pi * passed / (2 * num_steps)) ** 2
@@ -134,8 +129,7 @@ def cosine(step: int, *, base: float = 0.996, num_steps: int) -> float:
 def linear(step: int, *, first_decay: float, last_decay: float, num_steps: int) -> float:
     """Linear ramp from `first_decay` at step 1 to `last_decay` at step num_steps, and `last_decay` ever after.
 
-    Source:
-        PyTorch-Ignite, `EMAHandler`, whose momenta are 1 - decay.
+    Source: PyTorch-Ignite, `EMAHandler`, whose momenta are 1 - decay.
     """
     passed = min((step - 1) / max(1, num_steps - 1), 1)
     return first_decay + (last_decay - first_decay) * passed
@@ -147,9 +141,8 @@ def polynomial(step: int, *, eta: float = 3.0) -> float:
 
     In the long run it is `Power(exponent=eta)`.
 
-    Source:
-        Shamir and Zhang, Stochastic gradient descent for non-smooth optimization: convergence results and optimal
-        averaging schemes, 2013.
+    Source: Shamir and Zhang, Stochastic gradient descent for non-smooth optimization: convergence results and optimal
+    averaging schemes, 2013.
     """
     return (step - 1) / (step + eta)
 
@@ -158,8 +151,7 @@ def polynomial(step: int, *, eta: float = 3.0) -> float:
 def mmengine(step: int, *, decay: float = 0.9998, gamma: float = 100) -> float:
     """MMEngine's annealed momentum: min(decay, t / (gamma + t)) with t = step - 1: the first update copies.
 
-    Source:
-        MMEngine, `MomentumAnnealingEMA`, whose momentum is 1 - decay.
+    Source: MMEngine, `MomentumAnnealingEMA`, whose momentum is 1 - decay.
     """
     return min(decay, (step - 1) / (gamma + step - 1))
 
@@ -168,8 +160,7 @@ def mmengine(step: int, *, decay: float = 0.9998, gamma: float = 100) -> float:
 def half_life_ramp(step: int, *, half_life: float, ratio: float = 0.09) -> float:
     """Half-life that grows with the run up to a limit: 2 ** (-1 / min(half_life, ratio * step)), all in steps.
 
-    Source:
-        Karras et al., Analyzing and improving the training dynamics of diffusion models, 2024: the traditional EMA
-        that they compare with, at a constant batch size.
+    Source: Karras et al., Analyzing and improving the training dynamics of diffusion models, 2024: the traditional EMA
+    that they compare with, at a constant batch size.
     """
     return 2 ** (-1 / min(half_life, ratio * step))

@@ -23,18 +23,18 @@ class Exponential(Profile):
         decay = 2 ** (-1 / half_life) = mean_age / (1 + mean_age)
 
     Args:
-        decay: What the average keeps of itself in one unit of time, in [0, 1]; may be given without keyword.
-        half_life: Time in which a share halves.
-        mean_age: Mean age of the weights in the average of a long run.
-        debias: Whether to weigh as if the average had begun with no mass, as Adam corrects its moments.
+        decay: what the average keeps of itself in one unit of time, in [0, 1]; may be given without keyword.
+        half_life: time in which a share halves.
+        mean_age: mean age of the weights in the average of a long run.
+        debias: whether to weigh as if the average had begun with no mass, as Adam corrects its moments.
 
     Attributes:
         rate: -log(decay), the growth in one unit of time without `debias`.
-        debias: As given.
+        debias: as given.
 
     Raises:
-        ValueError: Not exactly one length is given, or it is outside its range.
-        TypeError: A length is no number.
+        ValueError: not exactly one length is given, or it is outside its range.
+        TypeError: a length is no number.
 
     Example:
         >>> profile = Exponential(half_life=1000)
@@ -45,8 +45,7 @@ class Exponential(Profile):
         >>> Exponential(0.9, debias=True).initial_weight(1)
         0.0
 
-    Source:
-        Kingma and Ba, Adam: a method for stochastic optimization, 2015, section 3, for `debias`.
+    Source: Kingma and Ba, Adam: a method for stochastic optimization, 2015, section 3, for `debias`.
     """
 
     rate: float
@@ -82,7 +81,7 @@ class Exponential(Profile):
         return value if name == "decay" else math.exp(-self.rate)
 
     def growth(self, previous: float, now: float) -> float:
-        """Returns (now - previous) * rate, and with `debias` the log of a ratio of expm1; see `Profile.growth`."""
+        """(now - previous) * rate, and with `debias` the log of a ratio of expm1; see `Profile.growth`."""
         check_times(previous, now)
         if previous == now:
             return 0.0
@@ -96,7 +95,7 @@ class Exponential(Profile):
         return growth + math.log1p(math.exp(-before) * math.expm1(-growth) / math.expm1(-before))
 
     def mean_age(self, now: float = math.inf) -> float:
-        """Returns the mean age of an average that is updated at every unit of time; see `Profile.mean_age`.
+        """The mean age of an average that is updated at every unit of time; see `Profile.mean_age`.
 
         decay / (1 - decay) in the limit. At time `now` it is (1 - decay ** now) times that, and with `debias` it is
         less by now / (decay ** -now - 1).
@@ -116,7 +115,7 @@ class Exponential(Profile):
         return limit + now * math.exp(-passed) / math.expm1(-passed) if passed < math.inf else limit
 
     def half_life(self, now: float = math.inf) -> float:
-        """Returns log(2) / rate, at most `now`; with `debias` less by log1p(exp(-now * rate)) / rate.
+        """log(2) / rate, at most `now`; with `debias` less by log1p(exp(-now * rate)) / rate.
 
         See `Profile.half_life`.
         """
@@ -128,7 +127,7 @@ class Exponential(Profile):
         return min(now, LOG_2 / self.rate)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the argument that the profile was made from, for instance {..., "half_life": 1000.0}."""
+        """The argument that the profile was made from, for instance {..., "half_life": 1000.0}."""
         name, value = self._given
         description: dict[str, Any] = {"profile": "exponential", name: value}
         return description | {"debias": True} if self.debias else description
@@ -151,7 +150,7 @@ _RATES = {"decay": _rate_of_decay, "half_life": _rate_of_half_life, "mean_age": 
 
 
 def _langevin(x: float) -> float:
-    """Returns coth(x) - 1 / x for 0 <= x < 1 by its continued fraction x / (3 + x**2 / (5 + x**2 / (7 + ...)))."""
+    """coth(x) - 1 / x for 0 <= x < 1 by its continued fraction x / (3 + x**2 / (5 + x**2 / (7 + ...)))."""
     denominator = 19.0
     for odd in range(17, 1, -2):
         denominator = odd + x * x / denominator

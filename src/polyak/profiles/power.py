@@ -25,17 +25,17 @@ class Power(Profile):
     the first update. Its length is named in one of two ways, by keyword, since both are small numbers.
 
     Args:
-        relative_std: Standard deviation of the times in the average, as a share of the run so far (sigma_rel in the
+        relative_std: standard deviation of the times in the average, as a share of the run so far (sigma_rel in the
             paper), in (0, 12 ** -0.5). Default 0.10; 0.05 to 0.15 is usual.
-        exponent: Exponent (gamma in the paper), above -1. At 0 the average is uniform.
+        exponent: exponent (gamma in the paper), above -1. At 0 the average is uniform.
 
     Attributes:
-        relative_std: As given, or of the exponent given.
-        exponent: As given, or of the relative_std given.
+        relative_std: as given, or of the exponent given.
+        exponent: as given, or of the relative_std given.
 
     Raises:
-        ValueError: A value is outside its range, or both are given.
-        TypeError: A value is given without a keyword, or is no number.
+        ValueError: a value is outside its range, or both are given.
+        TypeError: a value is given without a keyword, or is no number.
 
     Example:
         >>> profile = Power(relative_std=0.05)
@@ -46,8 +46,8 @@ class Power(Profile):
         >>> Power()
         Power(relative_std=0.1)
 
-    Source:
-        Karras et al., Analyzing and improving the training dynamics of diffusion models, 2024, equations 121 to 127.
+    Source: Karras et al., Analyzing and improving the training dynamics of diffusion models, 2024, equations 121 to
+    127.
     """
 
     exponent: float
@@ -73,7 +73,7 @@ class Power(Profile):
         object.__setattr__(self, "_given", given)
 
     def growth(self, previous: float, now: float) -> float:
-        """Returns (exponent + 1) * log(now / previous); see `Profile.growth`."""
+        """(exponent + 1) * log(now / previous); see `Profile.growth`."""
         check_times(previous, now)
         if previous == now:
             return 0.0
@@ -82,17 +82,17 @@ class Power(Profile):
         return (self.exponent + 1) * math.log1p((now - previous) / previous)
 
     def mean_age(self, now: float = math.inf) -> float:
-        """Returns now / (exponent + 2); see `Profile.mean_age`."""
+        """Now / (exponent + 2); see `Profile.mean_age`."""
         check_now(now)
         return now / (self.exponent + 2)
 
     def half_life(self, now: float = math.inf) -> float:
-        """Returns (1 - 2 ** (-1 / (exponent + 1))) * now; see `Profile.half_life`."""
+        """(1 - 2 ** (-1 / (exponent + 1))) * now; see `Profile.half_life`."""
         check_now(now)
         return -math.expm1(-LOG_2 / (self.exponent + 1)) * now
 
     def describe(self) -> dict[str, Any]:
-        """Returns the argument that the profile was made from, for instance {..., "relative_std": 0.1}."""
+        """The argument that the profile was made from, for instance {..., "relative_std": 0.1}."""
         name, value = self._given
         return {"profile": "power", name: value}
 

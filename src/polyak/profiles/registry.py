@@ -27,13 +27,13 @@ _PROFILES: dict[str, Callable[..., Profile]] = {
 
 
 def profile_from_description(description: Mapping[str, Any]) -> Profile:
-    """Returns the profile that `Profile.describe` described.
+    """The profile that `Profile.describe` described.
 
     Args:
-        description: What `describe()` returned, perhaps by way of JSON.
+        description: what `describe()` returned, perhaps by way of JSON.
 
     Raises:
-        ValueError: It describes no known profile, or one that cannot be.
+        ValueError: it describes no known profile, or one that cannot be.
 
     Example:
         >>> profile_from_description({"profile": "exponential", "half_life": 2000})

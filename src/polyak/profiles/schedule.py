@@ -37,13 +37,13 @@ class Schedule(Profile):
         "half-life-ramp"  half_life, ratio=0.09; EDM2
 
     Args:
-        name: Name of a registered function.
-        **arguments: Its keyword arguments: numbers, strings or None, since they are saved with the average. Those
+        name: name of a registered function.
+        **arguments: its keyword arguments: numbers, strings or None, since they are saved with the average. Those
             whose names end in `decay` must lie in [0, 1].
 
     Raises:
-        ValueError: The name is unknown, or the function gives no decay in [0, 1] for these arguments.
-        TypeError: An argument is missing, not one of the function's, or nothing that can be saved.
+        ValueError: the name is unknown, or the function gives no decay in [0, 1] for these arguments.
+        TypeError: an argument is missing, not one of the function's, or nothing that can be saved.
 
     Example:
         >>> profile = Schedule("cosine", num_steps=100_000)
@@ -82,19 +82,19 @@ class Schedule(Profile):
         return dict(self._arguments)
 
     def decay(self, step: int) -> float:
-        """Returns the decay of a step, 1 being the first.
+        """The decay of a step, 1 being the first.
 
         Raises:
-            ValueError: The function gives no number in [0, 1].
+            ValueError: the function gives no number in [0, 1].
         """
         [decay] = self._decays([step])
         return decay
 
     def growth(self, previous: float, now: float) -> float:
-        """Returns the sum of -log(decay(step)) over the steps after `previous` up to `now`; see `Profile.growth`.
+        """The sum of -log(decay(step)) over the steps after `previous` up to `now`; see `Profile.growth`.
 
         Raises:
-            ValueError: A time is no whole number, or is refused by every profile.
+            ValueError: a time is no whole number, or is refused by every profile.
         """
         check_times(previous, now)
         if previous % 1 or now % 1:
@@ -105,7 +105,7 @@ class Schedule(Profile):
         return math.fsum(self._step_growths(range(int(previous) + 1, int(now) + 1)))
 
     def initial_weight(self, now: float) -> float:
-        """Returns the product of the decays of all steps up to `now`; see `Profile.initial_weight`."""
+        """The product of the decays of all steps up to `now`; see `Profile.initial_weight`."""
         if now >= 1 and self.decay(1) == 0:
             return 0.0
         growth = 0.0
@@ -115,7 +115,7 @@ class Schedule(Profile):
         return math.exp(-growth)
 
     def describe(self) -> dict[str, Any]:
-        """Returns the name of the function and its arguments."""
+        """The name of the function and its arguments."""
         return {"profile": "schedule", "name": self.name, "arguments": self.arguments}
 
     def _step_growths(self, steps: Iterable[int]) -> Iterator[float]:

@@ -23,28 +23,27 @@ class Uniform(Profile):
         >>> [round(Uniform().weight(step - 1, step), 12) for step in (1, 2, 4)]
         [1.0, 0.5, 0.25]
 
-    Source:
-        Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992.
-        Izmailov et al., Averaging weights leads to wider optima and better generalization, 2018, algorithm 1.
+    Source: Polyak and Juditsky, Acceleration of stochastic approximation by averaging, 1992; Izmailov et al., Averaging
+    weights leads to wider optima and better generalization, 2018, algorithm 1.
     """
 
     def growth(self, previous: float, now: float) -> float:
-        """Returns log(now / previous); see `Profile.growth`."""
+        """log(now / previous); see `Profile.growth`."""
         check_times(previous, now)
         if previous == now:
             return 0.0
         return math.log1p((now - previous) / previous) if previous else math.inf
 
     def mean_age(self, now: float = math.inf) -> float:
-        """Returns now / 2; see `Profile.mean_age`."""
+        """Now / 2; see `Profile.mean_age`."""
         check_now(now)
         return now / 2
 
     def half_life(self, now: float = math.inf) -> float:
-        """Returns now / 2; see `Profile.half_life`."""
+        """Now / 2; see `Profile.half_life`."""
         check_now(now)
         return now / 2
 
     def describe(self) -> dict[str, Any]:
-        """Returns {"profile": "uniform"}."""
+        """{"profile": "uniform"}."""
         return {"profile": "uniform"}

@@ -8,11 +8,11 @@ from .checks import check_decay, check_positive
 
 
 def mean_age_to_exponent(mean_age: float, duration: float) -> float:
-    """Returns the exponent of the power profile that has a given mean age at the end of a run.
+    """The exponent of the power profile that has a given mean age at the end of a run.
 
     Args:
-        mean_age: Mean age at the end, above 0 and below `duration`; half of it is the uniform average.
-        duration: Length of the run, in the same unit.
+        mean_age: mean age at the end, above 0 and below `duration`; half of it is the uniform average.
+        duration: length of the run, in the same unit.
 
     Raises:
         ValueError: `mean_age` does not lie between 0 and `duration`.
@@ -28,7 +28,7 @@ def mean_age_to_exponent(mean_age: float, duration: float) -> float:
 
 
 def decay_to_relative_std(decay: float, duration: float) -> float:
-    """Returns the standard deviation of the ages under a constant decay, as a share of a run.
+    """The standard deviation of the ages under a constant decay, as a share of a run.
 
         relative_std = sqrt(decay) / ((1 - decay) * duration)
 
@@ -36,8 +36,8 @@ def decay_to_relative_std(decay: float, duration: float) -> float:
     the run is too short for the decay: no power profile is as wide.
 
     Args:
-        decay: Decay per step, in [0, 1].
-        duration: Length of the run in steps.
+        decay: decay per step, in [0, 1].
+        duration: length of the run in steps.
 
     Raises:
         ValueError: `decay` is outside [0, 1], or `duration` not above 0.
@@ -51,16 +51,16 @@ def decay_to_relative_std(decay: float, duration: float) -> float:
 
 
 def relative_std_to_decay(relative_std: float, duration: float) -> float:
-    """Returns the constant decay whose ages have a standard deviation that is a given share of a run.
+    """The constant decay whose ages have a standard deviation that is a given share of a run.
 
     The inverse of `decay_to_relative_std`.
 
     Args:
-        relative_std: Standard deviation of the ages as a share of the run, above 0.
-        duration: Length of the run in steps.
+        relative_std: standard deviation of the ages as a share of the run, above 0.
+        duration: length of the run in steps.
 
     Raises:
-        ValueError: One of them is not above 0.
+        ValueError: one of them is not above 0.
 
     Example:
         >>> round(relative_std_to_decay(0.10, 100_000), 6)
@@ -72,13 +72,13 @@ def relative_std_to_decay(relative_std: float, duration: float) -> float:
 
 
 def scale_decay(decay: float, kappa: float) -> float:
-    """Returns the decay for a batch that is `kappa` times as large: decay ** kappa.
+    """The decay for a batch that is `kappa` times as large: decay ** kappa.
 
     The half-life then stays the same number of samples. 1 - kappa * (1 - decay) is only close to it.
 
     Args:
-        decay: Decay per step at the batch size that it was chosen for, in [0, 1].
-        kappa: New batch size over the old one, above 0.
+        decay: decay per step at the batch size that it was chosen for, in [0, 1].
+        kappa: new batch size over the old one, above 0.
 
     Raises:
         ValueError: `decay` is outside [0, 1], or `kappa` not above 0.
@@ -87,7 +87,6 @@ def scale_decay(decay: float, kappa: float) -> float:
         >>> round(scale_decay(0.9999, 8), 8)
         0.99920028
 
-    Source:
-        Busbridge et al., How to scale your EMA, 2023, the EMA scaling rule.
+    Source: Busbridge et al., How to scale your EMA, 2023, the EMA scaling rule.
     """
     return check_decay("decay", decay) ** check_positive("kappa", kappa)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed
 
-from polyak.kernels import flat_parts
+from polyak.kernels import stretches_of
 from polyak.ranks import sending
 
 from .shares import Shares
@@ -64,7 +64,7 @@ def _gathering(
     shares: Shares, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Operation]:
     flat = [
-        [part for name, tensor in tensors.items() for part in flat_parts(shares.by_name[name].of(tensor, rank))]
+        [part for name, tensor in tensors.items() for part in stretches_of(shares.by_name[name].of(tensor, rank))]
         for rank in range(shares.size)
     ]
     longest = max(sum(part.numel() for part in parts) for parts in flat)

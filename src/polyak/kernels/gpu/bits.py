@@ -66,12 +66,12 @@ def from_fractions(second, first):
 def to_fractions(number, first):
     """The second term of a sum whose first term is given, as int16, rounded to nearest, ties to even."""
     # The bits of 2 ** 127 less those of a power of two are those of its inverse.
-    part = number * (0x7F000000 - _exponent_field(first)).to(tl.float32, bitcast=True)
+    scaled = number * (0x7F000000 - _exponent_field(first)).to(tl.float32, bitcast=True)
     # A NaN is the lowest.
-    part = tl.where(part > _LOWEST_FRACTION, part, _LOWEST_FRACTION)
-    part = tl.where(part < _HIGHEST_FRACTION, part, _HIGHEST_FRACTION)
+    scaled = tl.where(scaled > _LOWEST_FRACTION, scaled, _LOWEST_FRACTION)
+    scaled = tl.where(scaled < _HIGHEST_FRACTION, scaled, _HIGHEST_FRACTION)
     # Beside this there is no room for a fraction, and the lowest 16 bits are those of the whole number.
-    return (part * _FRACTIONS + _WHOLE).to(tl.int32, bitcast=True).to(tl.int16)
+    return (scaled * _FRACTIONS + _WHOLE).to(tl.int32, bitcast=True).to(tl.int16)
 
 
 @triton.jit

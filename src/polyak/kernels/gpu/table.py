@@ -87,8 +87,8 @@ def _record(row: Row) -> list[int]:
 def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
     """The chunks of one row: those that vectors can read, and what is left over or not aligned."""
     for start, stop in _segments(row):
-        addresses = [tensor.data_ptr() // tensor.element_size() + start for tensor in row.tensors]
-        aligned = all(address % VECTOR_SIZE == 0 for address in addresses)
+        sizes = [(tensor.data_ptr(), tensor.element_size()) for tensor in row.tensors]
+        aligned = all((address + start * size) % (VECTOR_SIZE * size) == 0 for address, size in sizes)
         # Vectors hold whole pairs of neighbours, which share their random bits.
         aligned = aligned and (not row.mode.draws or (row.first + start) % 2 == 0)
         # A small tensor of an odd size is one chunk, not two.
@@ -102,7 +102,7 @@ def _chunks(number: int, row: Row, elements: int) -> Iterator[Tensor]:
 
 
 def _segments(row: Row) -> Iterator[tuple[int, int]]:
-    """The row, cut wherever the upper 32 bits of a pair's number change: the key depends on them."""
+    """The row, cut wherever a segment ends: wherever the upper 32 bits of a pair's number change, and so the key."""
     start, size = 0, row.source.numel()
     while start < size:
         stop = min(size, (((row.first + start >> 33) + 1) << 33) - row.first)

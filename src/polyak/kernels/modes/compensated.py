@@ -69,9 +69,9 @@ def to_fractions(number: Tensor, first: Tensor) -> Tensor:
     """The second term of a sum whose first term is given, rounded to nearest, ties to even."""
     # The bits of 2 ** 127 less those of a power of two are those of its inverse.
     inverse = (0x7F000000 - _power_below(first).view(torch.int32)).view(torch.float32)
-    part = number * inverse
-    part = torch.where(part > _LOWEST, part, _LOWEST).clamp_(max=_HIGHEST)
-    return part.mul_(2.0**39).round_().to(torch.int16)
+    scaled = number * inverse
+    scaled = torch.where(scaled > _LOWEST, scaled, _LOWEST).clamp_(max=_HIGHEST)
+    return scaled.mul_(2.0**39).round_().to(torch.int16)
 
 
 def _power_below(number: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ INLINE int vectors(void) { return 0; }
         choices[vectors()] ARGUMENTS;                                                                                  \
     }
 
-/* The chunks of a table, and how much work comes before the end of each. Threads take parts of it one after another.
+/* The chunks of a table, and how much work comes before the end of each. Threads take portions of it one after another.
  *
- * The first part of each thread is half of its even share; later parts get smaller. The first is the same in most
+ * The first portion of each thread is half of its even share; later ones get smaller. The first is the same in most
  * calls, so that a core finds it in its own cache, and the last are so small that no thread waits long for another,
  * however uneven the chunks are or slow a core is.
  */
@@ -57,21 +57,21 @@ typedef struct {
 
 #define HALVINGS 5 /* the last takes all of the rest */
 
-INLINE int64_t num_parts(const Work *work)
+INLINE int64_t num_portions(const Work *work)
 {
     return work->num_threads > 1 ? HALVINGS * work->num_threads : 1;
 }
 
-/* The first chunk of a part; that of the part after the last is the number of chunks. */
-INLINE int64_t first_chunk(const Work *work, int64_t part)
+/* The first chunk of a portion; that of the one after the last is the number of chunks. */
+INLINE int64_t first_chunk(const Work *work, int64_t portion)
 {
-    if (part == 0)
+    if (portion == 0)
         return 0;
-    if (part == num_parts(work))
+    if (portion == num_portions(work))
         return work->num_chunks;
-    const int64_t total = work->ends[work->num_chunks - 1], halving = part / work->num_threads;
+    const int64_t total = work->ends[work->num_chunks - 1], halving = portion / work->num_threads;
     const int64_t rest = total >> halving, share = halving < HALVINGS - 1 ? rest / 2 : rest;
-    const int64_t before = total - rest + share / work->num_threads * (part % work->num_threads);
+    const int64_t before = total - rest + share / work->num_threads * (portion % work->num_threads);
     int64_t low = 0, high = work->num_chunks;
     while (low < high) {
         const int64_t middle = (low + high) / 2;
@@ -87,9 +87,9 @@ INLINE int64_t first_chunk(const Work *work, int64_t part)
 #define FOR_EACH_CHUNK(WORK, DO)                                                                                       \
     const int num_threads = (int)(WORK)->num_threads;                                                                  \
     _Pragma("omp parallel for schedule(dynamic, 1) num_threads(num_threads) if (num_threads > 1)")                     \
-    for (int64_t part = 0; part < num_parts(WORK); part++) {                                                           \
-        const int64_t stop = first_chunk(WORK, part + 1);                                                              \
-        for (int64_t chunk = first_chunk(WORK, part); chunk < stop; chunk++) {                                         \
+    for (int64_t portion = 0; portion < num_portions(WORK); portion++) {                                               \
+        const int64_t stop = first_chunk(WORK, portion + 1);                                                           \
+        for (int64_t chunk = first_chunk(WORK, portion); chunk < stop; chunk++) {                                      \
             DO;                                                                                                        \
         }                                                                                                              \
     }

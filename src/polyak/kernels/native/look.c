@@ -104,7 +104,7 @@ INLINE int32_t find_layout(const Api *api, PyObject *plain, uint64_t *layout)
 /* The second word of every Python object. */
 INLINE PyObject *type_of(PyObject *object) { return ((PyObject **)object)[1]; }
 
-/* Notes the address and layout of each tensor, and where stretches of dictionaries begin; the first of a dictionary has
+/* Notes the address and layout of each tensor, and where sections of dictionaries begin; the first of a dictionary has
  * the position 0. Returns how many tensors have no address, because they are empty, or -1 if torch cannot tell. */
 EXPORT int64_t polyak_begin_look(const Look *look)
 {

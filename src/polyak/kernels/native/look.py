@@ -15,7 +15,7 @@ from .way import COUNT, POINTER, Way, words
 from .work import CREW, ELEMENTS_PER_THREAD
 
 # Entries of a dictionary that one thread takes at once; and what an entry costs, in elements of an update.
-_STRETCH = 64
+_SECTION = 64
 _ELEMENTS_PER_ENTRY = 64
 
 
@@ -127,13 +127,13 @@ class Look:
 
 
 def _rows(holders: Iterable[dict[str, Any]]) -> Iterator[tuple[int, ...]]:
-    """Each dictionary, in stretches that threads can share."""
+    """Each dictionary, in sections that threads can share."""
     first = 0
     for holder in holders:
         # The fifth word of a dictionary is where it keeps its entries. Only prefetched: a wrong guess is harmless.
         entries = words(holder, 5)[4]
-        for start in range(0, max(len(holder), 1), _STRETCH):
-            count = min(len(holder) - start, _STRETCH)
+        for start in range(0, max(len(holder), 1), _SECTION):
+            count = min(len(holder) - start, _SECTION)
             yield id(holder), len(holder), count, first, start, entries
             first += count
 

@@ -80,7 +80,7 @@ VERSIONS(leave_loop, leave_body, (uint16_t *restrict source, uint32_t *restrict 
          (source, average, count))
 
 #define DEFINE_HALVES(NAME)                                                                                            \
-    EXPORT void polyak_##NAME##_halves(const Work *work, const int64_t *table, int64_t *done)       \
+    EXPORT void polyak_##NAME##_halves(const Work *work, const int64_t *table, int64_t *done)                          \
     {                                                                                                                  \
         if (*done)                                                                                                     \
             return;                                                                                                    \
@@ -94,7 +94,7 @@ DEFINE_HALVES(leave)
 
 /* An address and a number of elements; one result a chunk. */
 
-#define DEFINE_REDUCTION(NAME, TYPE, START, EACH)                                                                           \
+#define DEFINE_REDUCTION(NAME, TYPE, START, EACH)                                                                      \
     INLINE void NAME##_body(const TYPE *restrict tensor, int64_t count, int64_t *restrict result)                      \
     {                                                                                                                  \
         START;                                                                                                         \
@@ -104,7 +104,7 @@ DEFINE_HALVES(leave)
     }                                                                                                                  \
     VERSIONS(NAME##_loop, NAME##_body, (const TYPE *restrict tensor, int64_t count, int64_t *restrict result),         \
              (tensor, count, result))                                                                                  \
-    EXPORT void polyak_##NAME(const Work *work, const int64_t *table, int64_t *results)             \
+    EXPORT void polyak_##NAME(const Work *work, const int64_t *table, int64_t *results)                                \
     {                                                                                                                  \
         FOR_EACH_CHUNK(work, NAME##_loop(POINTER(const TYPE, table[2 * chunk]), table[2 * chunk + 1],                  \
                                          results + chunk))                                                             \

@@ -17,7 +17,7 @@ INLINE uint64_t mix64(uint64_t z)
     return z ^ (z >> 31);
 }
 
-INLINE uint64_t part_key(uint64_t step, uint64_t key, uint64_t pair)
+INLINE uint64_t segment_key(uint64_t step, uint64_t key, uint64_t pair)
 {
     return mix64(step ^ key ^ (pair >> 32) * 0x9E3779B97F4A7C15u);
 }

@@ -52,7 +52,7 @@ typedef struct {
 
 /* Plain. */
 
-#define DEFINE_PLAIN(NAME, SOURCE, AVERAGE, LOAD, FMA)                                                                  \
+#define DEFINE_PLAIN(NAME, SOURCE, AVERAGE, LOAD, FMA)                                                                 \
     INLINE void NAME##_body(const SOURCE *restrict source, AVERAGE *restrict average, int64_t count, double weight)    \
     {                                                                                                                  \
         const AVERAGE w = (AVERAGE)weight, rest = (AVERAGE)1 - w;                                                      \
@@ -102,14 +102,14 @@ INLINE float from_fraction(int16_t second, float first)
 
 INLINE int16_t to_fraction(float number, float first)
 {
-    float part = number * float_of(0x7F000000u - (bits_of(first) & 0x7F800000u));
-    part = part > -0x1p-24f ? part : -0x1p-24f;
-    part = part < 0x1.fffcp-25f ? part : 0x1.fffcp-25f;
-    return (int16_t)bits_of(part * 0x1p39f + 0x1.8p23f);
+    float scaled = number * float_of(0x7F000000u - (bits_of(first) & 0x7F800000u));
+    scaled = scaled > -0x1p-24f ? scaled : -0x1p-24f;
+    scaled = scaled < 0x1.fffcp-25f ? scaled : 0x1.fffcp-25f;
+    return (int16_t)bits_of(scaled * 0x1p39f + 0x1.8p23f);
 }
 
 #define DEFINE_COMPENSATED(NAME, SOURCE, LOAD)                                                                         \
-    INLINE void NAME##_body(const SOURCE *restrict source, float *restrict average, int16_t *restrict second,         \
+    INLINE void NAME##_body(const SOURCE *restrict source, float *restrict average, int16_t *restrict second,          \
                             int64_t count, double weight)                                                              \
     {                                                                                                                  \
         const float w = (float)weight;                                                                                 \
@@ -122,14 +122,14 @@ INLINE int16_t to_fraction(float number, float first)
         }                                                                                                              \
         for (int64_t i = 0; i < count; i++) {                                                                          \
             const float a = average[i];                                                                                \
-            const float update = lerp(from_fraction(second[i], a), (float)LOAD(source[i]) - a, w);                        \
+            const float update = lerp(from_fraction(second[i], a), (float)LOAD(source[i]) - a, w);                     \
             const float new = a + update;                                                                              \
             average[i] = new;                                                                                          \
-            second[i] = to_fraction((a - new) + update, new);                                                               \
+            second[i] = to_fraction((a - new) + update, new);                                                          \
         }                                                                                                              \
     }                                                                                                                  \
     VERSIONS(NAME##_loop, NAME##_body,                                                                                 \
-             (const SOURCE *restrict source, float *restrict average, int16_t *restrict second, int64_t count,        \
+             (const SOURCE *restrict source, float *restrict average, int16_t *restrict second, int64_t count,         \
               double weight),                                                                                          \
              (source, average, second, count, weight))                                                                 \
     DEFINE_UPDATE(NAME, 2,                                                                                             \
@@ -188,7 +188,7 @@ DEFINE_COMPENSATED(compensated_bfloat16_float32, uint16_t, from_bfloat16)
              (source, average, count, first, key, weight))                                                             \
     DEFINE_UPDATE(NAME, 1,                                                                                             \
                   NAME##_loop(POINTER(const SOURCE_TYPE, row[0]), POINTER(uint16_t, *average), row[1],                 \
-                              (uint64_t)row[2], part_key(step, (uint64_t)row[3], (uint64_t)row[2] >> 1),               \
+                              (uint64_t)row[2], segment_key(step, (uint64_t)row[3], (uint64_t)row[2] >> 1),            \
                               weights[profile]))
 
 DEFINE_STOCHASTIC(stochastic_float32_bfloat16, float32, float, bfloat16)
