@@ -22,7 +22,7 @@ from polyak.kernels import (
 )
 from polyak.kernels import pieces as pieces_room
 from polyak.kernels.halves import average_inside, exchange_halves, raw_inside, upper_half
-from polyak.kernels.native import compiled, work
+from polyak.kernels.native import work
 from polyak.kernels.pieces import cut, is_dense
 from polyak.kernels.sums import _checksum
 from reference import modes
@@ -193,7 +193,7 @@ class TestPlan:
     ],
 )
 def test_without_the_compiled_kernel_torch_does_the_same_and_it_is_said_once(attribute, value, message, monkeypatch):
-    monkeypatch.setattr(compiled, attribute, value)
+    monkeypatch.setattr(work, attribute, value)
     native.library.cache_clear()
     row = Row("x", torch.ones(2), (torch.zeros(2),))
     try:

@@ -16,7 +16,7 @@ import sharded_zoo
 import zoo
 from polyak.kernels.native import library
 from polyak.ranks import messages
-from polyak.store import gather as gathering
+from polyak.store import shares as gathering
 from ranks import on
 from sharded_zoo import PROFILES, make, mesh_of, shard
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard
 import polyak
 import zoo
 from polyak.ranks import messages
-from polyak.store import gather
+from polyak.store import shares as gather
 from ranks import on
 from sharded_share_checks import Odd, drift, same_on_all
 from sharded_zoo import make, mesh_of, shard

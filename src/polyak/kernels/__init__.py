@@ -15,7 +15,7 @@ The words for what tensors are cut into:
     segment     the 2 ** 33 elements of a tensor whose random bits share a key
 """
 
-from .copies import Copies as Copies
+from .eager import Copies as Copies
 from .gpu import Control as Control
 from .gpu import SettledCopies as SettledCopies
 from .gpu import Triton as Triton

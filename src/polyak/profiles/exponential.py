@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import LOG_2, Profile
-from .checks import check_decay, check_now, check_positive, check_times
+from .base import LOG_2, Profile, check_decay, check_now, check_positive, check_times
 
 
 @dataclass(frozen=True, init=False, repr=False)

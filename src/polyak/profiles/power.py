@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .base import LOG_2, Profile
-from .checks import check_now, check_number, check_times
+from .base import LOG_2, Profile, check_now, check_number, check_times
 
 # The relative standard deviation of the uniform average, at exponent 0.
 LARGEST_RELATIVE_STD = 12**-0.5

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from .base import Profile
-from .checks import check_decay, check_times
+from .base import Profile, check_decay, check_times
 from .decays import decay_function
 
 # math.exp underflows to 0.0 below minus this.

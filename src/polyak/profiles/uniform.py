@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Profile
-from .checks import check_now, check_times
+from .base import Profile, check_now, check_times
 
 
 @dataclass(frozen=True, repr=False)

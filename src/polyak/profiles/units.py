@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .checks import check_decay, check_positive
+from .base import check_decay, check_positive
 
 
 def mean_age_to_exponent(mean_age: float, duration: float) -> float:

@@ -15,9 +15,8 @@ from polyak.kernels import Copies, Plan, Row, Versions, can_copy, copy_, is_dens
 from polyak.model import Entry
 from polyak.ranks import Sharding, meshes_of
 
-from .gather import gathering
 from .modes import Modes
-from .shares import Share, Shares
+from .shares import Share, Shares, gathering
 from .swap import Swap
 from .updates import Inline, Ledger, OnDevice, OnHost, SourceCheck, Updates, check_intact, transfer_for
 

@@ -2,7 +2,7 @@
 
 from .control import Control as Control
 from .control import is_capturing as is_capturing
-from .copies import SettledCopies as SettledCopies
-from .copies import can_copy as can_copy
+from .launch import SettledCopies as SettledCopies
 from .launch import Triton as Triton
+from .launch import can_copy as can_copy
 from .launch import is_supported as is_supported

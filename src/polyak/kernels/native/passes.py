@@ -13,8 +13,7 @@ from polyak.kernels.choice import allowed_kernels
 from polyak.kernels.memory import is_plain
 from polyak.kernels.pieces import is_dense
 
-from .compiled import function, library
-from .work import CREW, Work, cut_into_chunks, integers
+from .work import CREW, Work, cut_into_chunks, function, integers, library
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 _ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)

@@ -11,8 +11,7 @@ from torch import Tensor
 from polyak.kernels.pieces import is_dense
 from polyak.kernels.row import Row
 
-from .compiled import function
-from .work import CREW, Work, cut_into_chunks, integers
+from .work import CREW, Work, cut_into_chunks, function, integers
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
