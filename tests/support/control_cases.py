@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from polyak.kernels.gpu.copies import SettledCopies, can_copy
 
 from polyak.kernels import Plan, Row, plain, rounding
 from polyak.kernels.gpu import launch
 from polyak.kernels.gpu.control import Control
-from polyak.kernels.gpu.launch import Triton
+from polyak.kernels.gpu.launch import SettledCopies, Triton, can_copy
 from triton_cases import (
     DEVICE,
     FORMS,

@@ -10,11 +10,10 @@ import struct
 
 import pytest
 import torch
-from polyak.kernels.gpu.copies import SettledCopies
 
 from polyak.kernels import Row, compensated, rounding, stochastic
 from polyak.kernels.gpu.control import Control
-from polyak.kernels.gpu.launch import OPTIONS, Triton
+from polyak.kernels.gpu.launch import OPTIONS, SettledCopies, Triton
 
 # pytest looks into every file for examples, also where Triton is not installed.
 nvidia = pytest.importorskip("triton.backends.nvidia.driver")
