@@ -22,9 +22,9 @@ FLOORS = [
     ["profiles"],
     ["kernels", "ranks"],
     ["model"],
-    ["store", "files", "targets", "batchnorm"],
-    ["average", "model_ema", "offline"],
-    ["lightning", "transformers", "timm", "plots", "cli"],
+    ["store", "files", "lerp", "batchnorm"],
+    ["average", "model_ema"],
+    ["cli"],
 ]
 FILES = ["dtypes", "containers", "layouts", "inspection", "writing", "checkpoints", "conversion"]
 WITHOUT_TORCH = ["errors", "names", "profiles", *(f"files/{package}" for package in FILES[:4])]

@@ -22,6 +22,7 @@ from .files.conversion import convert as convert
 from .files.layouts import formats as formats
 from .kernels import Plan as Plan
 from .kernels import dead_zone as dead_zone
+from .lerp import lerp_ as lerp_
 from .model import Rules as Rules
 from .model_ema import ModelEma as ModelEma
 from .profiles import Exponential as Exponential
@@ -31,6 +32,5 @@ from .profiles import Schedule as Schedule
 from .profiles import Uniform as Uniform
 from .profiles import profile_from_description as profile_from_description
 from .profiles import register_schedule as register_schedule
-from .targets import lerp_ as lerp_
 
 __version__: str

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from polyak.errors import MismatchError, StateError, listed, outside
-from polyak.kernels import is_plain, overlapping, overlaps_itself
-from polyak.ranks import Sharding, local, sharding_of, whole
+from polyak.kernels import identity, is_freed, is_plain, overlapping, overlaps_itself
+from polyak.ranks import Sharding, is_sharded, local, sharding_of, whole
 
-from .walk import Site, gather, unwrap
+from .fsdp import flat_rank, reshard
+from .walk import Site, unwrap, walk
 
 Action: TypeAlias = Literal["average", "copy", "skip"]
 RuleKey: TypeAlias = "str | type[nn.Module] | Callable[[str, Tensor], bool]"
@@ -85,6 +86,26 @@ class Entry(NamedTuple):
     def is_parameter(self) -> bool:
         """Whether any place holds it as a parameter."""
         return any(site.is_parameter for site in self.sites)
+
+
+def gather(model: nn.Module) -> list[list[Site]]:
+    """The tensors of the bare model, each with all the places that hold it.
+
+    Raises:
+        StateError: a tensor has no values yet, or none here.
+        TypeError: it is no module.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
+        raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise StateError(f"{type(model).__name__} is a TorchScript module; average the module that it was made of")
+    reshard(model)
+    ties: dict[Any, list[Site]] = {}
+    is_flat = flat_rank(model) is not None
+    for site in walk(model):
+        _check_initialised(site, may_be_empty=is_flat or is_sharded(site.tensor))
+        ties.setdefault(identity(site.tensor), []).append(site)
+    return list(ties.values())
 
 
 def resolve(model: nn.Module, rules: Rules, *, include_frozen: bool = False) -> list[Entry]:
@@ -192,6 +213,25 @@ def _is_spectral_vector(site: Site) -> bool:
         return True
     hooks = cast("dict[int, object]", vars(site.module)["_forward_pre_hooks"]).values()
     return any(isinstance(hook, SpectralNorm) and site.key in (f"{hook.name}_u", f"{hook.name}_v") for hook in hooks)
+
+
+def _check_initialised(site: Site, *, may_be_empty: bool) -> None:
+    tensor = local(site.tensor)
+    if nn.parameter.is_lazy(tensor):
+        raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
+    if tensor.is_meta:
+        raise StateError(f"{site.name!r} is on the meta device and has no values; materialise the model first")
+    if is_freed(tensor):
+        raise StateError(
+            f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
+            "average reads them"
+        )
+    # What ZeRO-3 leaves of any shape is a vector of no elements, and it marks parameters by numbers of its own.
+    if site.is_parameter and not may_be_empty and (tensor.shape == (0,) or hasattr(site.tensor, "ds_id")):
+        raise StateError(
+            f"{site.name!r} is a parameter of {tensor.numel()} elements (shape {tuple(tensor.shape)}), as ZeRO-3 "
+            "leaves where it takes the values away; average under ZeRO-2, which leaves them whole"
+        )
 
 
 def _check_averageable(entry: Entry) -> None:

@@ -11,8 +11,8 @@ from polyak.kernels import kind_of
 from polyak.names import renaming
 from polyak.ranks import describe, sharding_of
 
-from .entries import Entry, Rules, make_entry
-from .walk import Site, gather
+from .entries import Entry, Rules, gather, make_entry
+from .walk import Site
 
 
 def match_sites(

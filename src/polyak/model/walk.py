@@ -6,15 +6,9 @@ import dis
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
-from polyak.errors import StateError
-from polyak.kernels import identity, is_freed
 from polyak.names import WRAPPER_SEGMENTS, join
-from polyak.ranks import is_sharded, local
-
-from .fsdp import flat_rank, reshard
 
 _DATA_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 # They do more than to pass calls on, and are still only wrappers: apex, fairscale, DeepSpeed.
@@ -105,42 +99,3 @@ def _walk(module: nn.Module, path: tuple[str, ...]) -> Iterator[Site]:
         if child is not None:
             transparent = name in WRAPPER_SEGMENTS or (name == "module" and isinstance(module, _DATA_PARALLEL))
             yield from _walk(child, path if transparent else (*path, name))
-
-
-def gather(model: nn.Module) -> list[list[Site]]:
-    """The tensors of the bare model, each with all the places that hold it.
-
-    Raises:
-        StateError: a tensor has no values yet, or none here.
-        TypeError: it is no module.
-    """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users pass anything
-        raise TypeError(f"model: a torch.nn.Module is needed, not {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise StateError(f"{type(model).__name__} is a TorchScript module; average the module that it was made of")
-    reshard(model)
-    ties: dict[Any, list[Site]] = {}
-    is_flat = flat_rank(model) is not None
-    for site in walk(model):
-        _check_initialised(site, may_be_empty=is_flat or is_sharded(site.tensor))
-        ties.setdefault(identity(site.tensor), []).append(site)
-    return list(ties.values())
-
-
-def _check_initialised(site: Site, *, may_be_empty: bool) -> None:
-    tensor = local(site.tensor)
-    if nn.parameter.is_lazy(tensor):
-        raise StateError(f"{site.name!r} is not initialised yet; run a forward pass before the average is made")
-    if tensor.is_meta:
-        raise StateError(f"{site.name!r} is on the meta device and has no values; materialise the model first")
-    if is_freed(tensor):
-        raise StateError(
-            f"the memory of {site.name!r} was freed, by offloading or sharding; bring its values back before an "
-            "average reads them"
-        )
-    # What ZeRO-3 leaves of any shape is a vector of no elements, and it marks parameters by numbers of its own.
-    if site.is_parameter and not may_be_empty and (tensor.shape == (0,) or hasattr(site.tensor, "ds_id")):
-        raise StateError(
-            f"{site.name!r} is a parameter of {tensor.numel()} elements (shape {tuple(tensor.shape)}), as ZeRO-3 "
-            "leaves where it takes the values away; average under ZeRO-2, which leaves them whole"
-        )

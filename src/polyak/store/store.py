@@ -18,7 +18,7 @@ from polyak.ranks import Sharding, meshes_of
 from .modes import Modes
 from .shares import Share, Shares, gathering
 from .swap import Swap
-from .updates import Inline, Ledger, OnDevice, OnHost, SourceCheck, Updates, check_intact, transfer_for
+from .updates import FiniteCheck, Inline, Ledger, OnDevice, OnHost, Updates, check_intact, transfer_for
 
 
 class Store:
@@ -193,7 +193,7 @@ class Store:
         self._swaps: dict[tuple[str, bool, frozenset[str]], Swap] = {}
         self._versions: Versions | None = None
         self._copy_pairs = list(self.copies.values()), [self._sources[name] for name in self.copies]
-        check = SourceCheck(rows, self.meshes)
+        check = FiniteCheck(rows, self.meshes)
         averages = next(iter(self.averages.values()))
         transfer = transfer_for(self._sources, averages, self._parameters) if self._may_use_worker else None
         if transfer is None:

@@ -26,7 +26,7 @@ from torch.profiler import record_function
 from polyak.kernels import Copies, FiniteTest, Plan, Row
 from polyak.ranks import is_alone
 
-from .inline import SourceCheck
+from .finite import FiniteCheck
 from .protocol import Ledger, Refused, check_intact
 from .transfer import Copied, Staging, Transfer
 
@@ -114,7 +114,7 @@ class OnHost:
         rows: Sequence[Row],
         copies: Mapping[str, Tensor],
         *,
-        check: SourceCheck,
+        check: FiniteCheck,
         seed: int,
         ledger: Ledger,
     ) -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 import polyak
 import zoo
-from polyak import targets
+from polyak import lerp as targets
+from polyak.lerp import lerp_
 from polyak.model.entries import resolve
-from polyak.targets import lerp_
 from reference.recursion import widen
 
 
