@@ -215,11 +215,14 @@ def _with_neighbour(found: Found, groups: Mapping[str, str | None], open_beside:
     if not beside:
         return found
     neighbour = max(beside, key=lambda one: int(re.sub(r"\D", "", one.name)[-18:] or 0))
+    without = f"no raw weights, for {neighbour.name!r} beside it cannot be read"
     try:
         raw = _first(found.layout.raw, Place(open_beside(neighbour)))
         return replace(found, raw=raw).noted(f"the raw weights are those of {neighbour.name!r}, beside it")
-    except (FileFormatError, OSError) as error:
-        return found.noted(f"no raw weights, for {neighbour.name!r} beside it cannot be read: {error}")
+    except FileFormatError as error:
+        return found.noted(f"{without}: {error.text}", needs=error.needs)
+    except OSError as error:
+        return found.noted(f"{without}: {error}")
 
 
 def _counters(layout: Layout, place: Place, groups: Mapping[str, str | None]) -> dict[str, int | float]:
