@@ -185,6 +185,13 @@ class TestWhatIsMissing:
         polyak.convert(case.path, tmp_path / "out.pth", to="torch-ema", names=names, decay=0.5)
         assert polyak.read(tmp_path / "out.pth", names=names).decay == 0.5
 
+    @pytest.mark.parametrize("count", [float("nan"), float("inf"), -1])
+    def test_a_number_of_updates_that_is_none(self, tmp_path, count):
+        content = {"decay": 0.9, "num_updates": count, "shadow_params": [torch.ones(2)], "collected_params": None}
+        torch.save(content, tmp_path / "in.pth")
+        done = polyak.convert(tmp_path / "in.pth", tmp_path / "out.pth", to="torch-ema", names=["w"])
+        assert "num_updates is None: from now on the decay is constant, without a warm-up" in done.notes
+
     def test_a_layout_without_names_has_parameters_only(self, tmp_path):
         case = cases.torch_ema(tmp_path)
         names = [name for name, _ in case.model.named_parameters()]

@@ -202,6 +202,14 @@ class TestWhichLayout:
         assert checkpoint.raw_weights is None
         assert checkpoint.notes[0].startswith("no raw weights, for 'last.ckpt' beside it cannot be read: ")
 
+    def test_a_neighbour_with_objects(self, tmp_path, weights):
+        save(tmp_path, {"state_dict": weights, "optimizer_states": [{"ema": []}]}, "last-EMA.ckpt")
+        save(tmp_path, {"state_dict": weights, "made": zoo.TiedTransformer()}, "last.ckpt")
+        note = polyak.read(tmp_path / "last-EMA.ckpt").notes[0]
+        assert note.needs == ("skip_objects", "run_pickled_code")
+        assert "skip_objects=True reads" in note
+        assert "skip_objects" not in note.text
+
     def test_a_new_layout_is_a_row(self, tmp_path, weights):
         from polyak.files.containers import open_content
         from polyak.files.layouts.examination import find_layout

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polyak.errors import MismatchError, listed, outside
 from polyak.files.checkpoints import Checkpoint, Tensors
 from polyak.files.containers import Leaf
-from polyak.files.layouts import Layout, Note, layout_called
+from polyak.files.layouts import BY_NAME, Layout, Note
 from polyak.kernels import cast_floating_point, is_plain
 from polyak.model import gather, unwrap
 from polyak.profiles import Exponential
@@ -22,7 +22,7 @@ from polyak.profiles import Exponential
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
     """The layout that a file was read by."""
-    return layout_called(checkpoint.format)
+    return BY_NAME[checkpoint.format]
 
 
 def num_updates(checkpoint: Checkpoint) -> int | None:
@@ -55,16 +55,16 @@ def diffusers_fields(checkpoint: Checkpoint) -> Mapping[str, int | float] | None
 def warm_up(checkpoint: Checkpoint) -> int | None:
     """The s of the last update, if decays are min(decay, (1 + s) / (10 + s)); None if they are not."""
     layout, counters = layout_of(checkpoint), checkpoint.counters
-    count = counters.get(layout.updates or "", -1)
-    if not layout.warms_up or count < 0:
+    count = num_updates(checkpoint)
+    if not layout.warms_up or count is None:
         return None
     if diffusers_fields(checkpoint) is None:
-        return int(count)
+        return count
     # A least decay that is the decay itself leaves nothing of the warm-up.
     is_constant = checkpoint.decay is not None and counters.get("min_decay", 0) >= checkpoint.decay
     if counters.get("use_ema_warmup") or is_constant:
         return None
-    return max(int(count) - int(counters.get("update_after_step", 0)) - 1, 0)
+    return max(count - int(counters.get("update_after_step", 0)) - 1, 0)
 
 
 @dataclass(kw_only=True)

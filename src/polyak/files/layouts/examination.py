@@ -21,10 +21,20 @@ from .layout import STEPS, WEIGHTS, Found, Layout, Place
 from .odd import average_keys
 from .pattern import matches, tensors, tie
 from .positions import in_order, positions_to_names, stands_in
-from .table import LAYOUTS, formats
+from .table import BY_NAME, LAYOUTS
 
 _ALONE = "average"
 _FROM_NAME = ("average", "decay", "stem")
+
+
+def formats() -> dict[str, str]:
+    """What `read(format=)` and `polyak inspect --format` take, each with what writes it.
+
+    Example:
+        >>> formats()["torch"]
+        'torch AveragedModel'
+    """
+    return {layout.name: layout.writer for layout in LAYOUTS}
 
 
 def examine(
@@ -47,8 +57,8 @@ def examine(
         FileFormatError: it is damaged, hostile, of no known layout, or could be of two.
         MismatchError: the names are not as many as the tensors, or one is there twice.
     """
-    if format is not None and format not in formats():
-        raise FileFormatError(f"{format!r} is unknown; there are {', '.join(formats())}", argument="format")
+    if format is not None and format not in BY_NAME:
+        raise FileFormatError(f"{format!r} is unknown; there are {', '.join(BY_NAME)}", argument="format")
     for given in names:
         twice = [name for name, count in Counter(given).items() if count > 1]
         if twice:
@@ -215,11 +225,14 @@ def _with_neighbour(found: Found, groups: Mapping[str, str | None], open_beside:
     if not beside:
         return found
     neighbour = max(beside, key=lambda one: int(re.sub(r"\D", "", one.name)[-18:] or 0))
+    without = f"no raw weights, for {neighbour.name!r} beside it cannot be read"
     try:
         raw = _first(found.layout.raw, Place(open_beside(neighbour)))
         return replace(found, raw=raw).noted(f"the raw weights are those of {neighbour.name!r}, beside it")
-    except (FileFormatError, OSError) as error:
-        return found.noted(f"no raw weights, for {neighbour.name!r} beside it cannot be read: {error}")
+    except FileFormatError as error:
+        return found.noted(f"{without}: {error.text}", needs=error.needs)
+    except OSError as error:
+        return found.noted(f"{without}: {error}")
 
 
 def _counters(layout: Layout, place: Place, groups: Mapping[str, str | None]) -> dict[str, int | float]:

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 from polyak.files.containers import STATES
 
 from . import odd
 from .layout import DISTRIBUTED, FOLDER, STEPS, WEIGHTS, Layout
 
-_DIFFUSERS = ("decay", "min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power")
+_SWA = "callbacks/StochasticWeightAveraging"
+# What diffusers keeps of an average, in whichever file.
+_DIFFUSERS = Layout(
+    name="",
+    writer="",
+    counters=("min_decay", "optimization_step", "update_after_step", "use_ema_warmup", "inv_gamma", "power"),
+    updates="optimization_step",
+    decay="decay",
+    begins_with_copy=True,
+    warms_up=True,
+)
 
 LAYOUTS: tuple[Layout, ...] = (
     Layout(
@@ -25,13 +38,7 @@ LAYOUTS: tuple[Layout, ...] = (
         only_tensors=True,
         remark="a model saved under DDP looks the same, and is then no average",
     ),
-    Layout(
-        name="model-ema",
-        writer="ConvNeXt, DeiT, EVA",
-        average=("model_ema/*",),
-        raw=("model/*",),
-        counters=STEPS,
-    ),
+    Layout(name="model-ema", writer="ConvNeXt, DeiT, EVA", average=("model_ema/*",), raw=("model/*",), counters=STEPS),
     Layout(
         name="torch",
         writer="torch AveragedModel",
@@ -87,30 +94,22 @@ LAYOUTS: tuple[Layout, ...] = (
         is_positional=True,
         may_stand_in=True,
     ),
-    Layout(
+    replace(
+        _DIFFUSERS,
         name="diffusers-state",
         writer="diffusers EMAModel.state_dict(), also through accelerate",
         average=("shadow_params/#",),
-        counters=_DIFFUSERS[1:],
-        updates="optimization_step",
-        decay="decay",
-        begins_with_copy=True,
-        warms_up=True,
         marks=("optimization_step",),
         is_positional=True,
         may_stand_in=True,
     ),
-    Layout(
+    replace(
+        _DIFFUSERS,
         name="diffusers",
         writer="diffusers EMAModel.save_pretrained()",
         written=("diffusers",),
         average=("*",),
         raw=("*",),
-        counters=_DIFFUSERS[1:],
-        updates="optimization_step",
-        decay="decay",
-        begins_with_copy=True,
-        warms_up=True,
         kinds=FOLDER,
         about=("optimization_step", "decay"),
         file=r"(?P<stem>.+?)(_ema)?",
@@ -132,14 +131,9 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         name="lightning-swa",
         writer="Lightning StochasticWeightAveraging",
-        average=("callbacks/StochasticWeightAveraging/average_model_state/*",),
+        average=(f"{_SWA}/average_model_state/*",),
         raw=("state_dict/*",),
-        counters=(
-            "callbacks/StochasticWeightAveraging/n_averaged",
-            "callbacks/StochasticWeightAveraging/latest_update_epoch",
-            "epoch",
-            "global_step",
-        ),
+        counters=(f"{_SWA}/n_averaged", f"{_SWA}/latest_update_epoch", "epoch", "global_step"),
         updates="n_averaged",
         begins_with_copy=True,
         remark="buffers of the average are those of the beginning; after the end of the fit, state_dict is the average",
@@ -189,13 +183,7 @@ LAYOUTS: tuple[Layout, ...] = (
         counters=("state/cur_nimg",),
         marks=("state/cur_nimg",),
     ),
-    Layout(
-        name="d2go",
-        writer="d2go",
-        average=("ema_state/*",),
-        raw=("model/*",),
-        counters=("iteration",),
-    ),
+    Layout(name="d2go", writer="d2go", average=("ema_state/*",), raw=("model/*",), counters=("iteration",)),
     Layout(
         name="mmengine",
         writer="mmengine EMAHook",
@@ -259,13 +247,7 @@ LAYOUTS: tuple[Layout, ...] = (
         counters=("epoch", "step", "ema_sched/last_epoch"),
         marks=("ema_sched",),
     ),
-    Layout(
-        name="dit",
-        writer="DiT, SiT",
-        average=("ema/*",),
-        raw=("model/*",),
-        counters=STEPS,
-    ),
+    Layout(name="dit", writer="DiT, SiT", average=("ema/*",), raw=("model/*",), counters=STEPS),
     Layout(
         name="guided-diffusion",
         writer="guided-diffusion, the file ema_RATE_STEP.pt",
@@ -310,15 +292,11 @@ LAYOUTS: tuple[Layout, ...] = (
         code=odd.schedule_free,
         remark="the average lies between the weights and the z of the optimizer",
     ),
-    Layout(
+    replace(
+        _DIFFUSERS,
         name="simpletuner",
         writer="SimpleTuner",
         average=("shadow_params.#",),
-        counters=_DIFFUSERS[1:],
-        updates="optimization_step",
-        decay="decay",
-        begins_with_copy=True,
-        warms_up=True,
         is_positional=True,
         may_stand_in=True,
     ),
@@ -337,12 +315,7 @@ LAYOUTS: tuple[Layout, ...] = (
         raw=("model/*",),
         counters=(*STEPS, "trainer/iteration"),
     ),
-    Layout(
-        name="basicsr",
-        writer="BasicSR, Real-ESRGAN",
-        average=("params_ema/*",),
-        raw=("params/*",),
-    ),
+    Layout(name="basicsr", writer="BasicSR, Real-ESRGAN", average=("params_ema/*",), raw=("params/*",)),
     Layout(
         name="dino",
         writer="DINO, iBOT, the teacher",
@@ -423,21 +396,4 @@ LAYOUTS: tuple[Layout, ...] = (
         remark="no average was recognised in it",
     ),
 )
-
-
-def formats() -> dict[str, str]:
-    """What `read(format=)` and `polyak inspect --format` take, each with what writes it.
-
-    Example:
-        >>> formats()["torch"]
-        'torch AveragedModel'
-    """
-    return {layout.name: layout.writer for layout in LAYOUTS}
-
-
-def layout_called(name: str) -> Layout:
-    """The row of a name."""
-    return _BY_NAME[name]
-
-
-_BY_NAME = {layout.name: layout for layout in LAYOUTS}
+BY_NAME: Mapping[str, Layout] = {layout.name: layout for layout in LAYOUTS}
