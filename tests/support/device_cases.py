@@ -155,6 +155,19 @@ def test_raise_in_a_graph_comes_with_the_second_next_advance(finish):
 
 
 @pytest.mark.protects
+def test_raise_comes_after_the_model_got_other_memory_too():
+    model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
+    with spoilt(model):
+        average.update()
+    model[0].weight.data = model[0].weight.data.clone()
+    average.weights()
+    with pytest.raises(polyak.StateError, match=HELD_EARLIER):
+        average.update()
+    average.update()
+    assert average.num_updates == 1
+
+
+@pytest.mark.protects
 def test_wait_raises_for_the_last_replay():
     model, average, *_ = pair(polyak.Exponential(0.9), nonfinite="raise")
     average.advance()

@@ -143,7 +143,7 @@ def what_cannot_be_shared_is_said(folder):
     with pytest.raises(polyak.StateError, match=r"live_module\(\) with shard_over=: .*module\(\) puts it together"):
         average.live_module()
     for call in (copy.deepcopy, pickle.dumps):
-        with pytest.raises(polyak.StateError, match="cannot be pickled or copied, for the ranks cannot"):
+        with pytest.raises(polyak.StateError, match="cannot be pickled or copied, because process groups cannot"):
             call(average)
     for mesh, over in ((mesh_of(4), world), (mesh_of(2, 2), None), (mesh_of(2, 2), world)):
         sharded, _ = make()

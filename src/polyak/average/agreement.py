@@ -19,6 +19,12 @@ from .core import Core
 
 # What is compared, by the name of a number or of a tensor: where it lies in the whole, and its digest.
 _Digests = dict[str, tuple[str, str]]
+# The topic of ranks that have raised an error.
+_ERROR = "error"
+# Topics that only ranks which share averages compare.
+_AMONG_SHARES = frozenset({"weights", "targets"})
+# Below every digest and its complement: a rank without a number agrees with all.
+_NOTHING = -(1 << 63)
 
 
 def check_in_sync(core: Core, *, buffers: bool, group: Any) -> None:
@@ -66,8 +72,8 @@ def check_alike(core: Core) -> None:
         mesh: {"settings": _number(list(_settings(core, _entries_over(core, mesh)))), "weights": weights}
         for mesh in meshes
     }
-    apart_in = _compare(core, ("settings", "weights"), numbers)
-    if "settings" in apart_in:
+    differing = _compare(core, ("settings", "weights"), numbers)
+    if "settings" in differing:
         found: list[str] = []
         for mesh in reversed(meshes):
             mine = dict(_settings(core, _entries_over(core, mesh)))
@@ -79,16 +85,16 @@ def check_alike(core: Core) -> None:
             f"ranks average differently: {what}. Each of them must have the same model, and a WeightAverage with the "
             "same arguments"
         )
-    if "weights" in apart_in:
+    if "weights" in differing:
         _raise_for_weights(core, "shard_over")
 
 
 @contextmanager
 def agreed(core: Core, call: str, *asked: object, sends: bool = True) -> Generator[dict[str, Tensor], None, None]:
-    """What ranks do before they send each other tensors: all of them come out of the `with`, or all of them raise.
+    """Runs the body, then compares the ranks: either all of them leave the `with`, or all of them raise.
 
-    Where they are alike they send each other a few numbers, once along each dimension of the meshes; what is different
-    is only asked where something is.
+    If the ranks agree, each sends one small message per mesh dimension (a second one if there are several meshes).
+    Names are exchanged only if something differs.
 
     Args:
         core: whose ranks.
@@ -128,22 +134,23 @@ def agreed(core: Core, call: str, *asked: object, sends: bool = True) -> Generat
         with suppress(StateError):
             _compare(core, topics, None)
         raise
-    apart_in = _compare(core, topics, numbers)
-    if _ERROR in apart_in:
+    differing = _compare(core, topics, numbers)
+    if _ERROR in differing:
         raise StateError(f"{call}: another rank raised an error, which says why; nothing was written")
     difference = {
         "asked": f"ask for different things, this one for {', '.join(map(str, asked)) or call}",
         "tensors": "average different tensors, as after an adapt() on some of them",
         "updates": f"have made different updates, this one {ledger.made} until time {core.clock.time:g}",
     }
-    for text in (text for topic, text in difference.items() if topic in apart_in):
-        raise MismatchError(
-            f"{call}: ranks {text}, so that their parts do not belong together. Nothing was written. "
-            "Every rank must make the same calls"
-        )
-    if "weights" in apart_in:
+    for topic, text in difference.items():
+        if topic in differing:
+            raise MismatchError(
+                f"{call}: ranks {text}, so that their parts do not belong together. Nothing was written. "
+                "Every rank must make the same calls"
+            )
+    if "weights" in differing:
         _raise_for_weights(core, call)
-    if "targets" in apart_in:
+    if "targets" in differing:
         names = _names_apart(core, {name: _number(kind) for name, kind in kinds.items()})
         raise MismatchError(
             f"{call}: ranks gave models that differ in {listed(names) or 'tensors, others than this one'}. Those that "
@@ -151,15 +158,8 @@ def agreed(core: Core, call: str, *asked: object, sends: bool = True) -> Generat
         )
 
 
-# That a rank has raised an error, among what ranks differ in.
-_ERROR = "error"
-# Of ranks that share averages only.
-_AMONG_SHARES = frozenset({"weights", "targets"})
-_NOTHING = -(1 << 63)
-
-
 def _compare(core: Core, topics: Sequence[str], numbers: Mapping[Any, Mapping[str, int]] | None) -> set[str]:
-    """In which topics any two ranks have different numbers; all of them get the same.
+    """The topics whose numbers differ between any two ranks; every rank gets the same set.
 
     Args:
         core: whose ranks.
@@ -210,7 +210,7 @@ def _number(state: object) -> int:
 
 
 def _names_apart(core: Core, numbers: Mapping[str, int]) -> list[str]:
-    """The names of which ranks that share averages have different numbers."""
+    """Names whose numbers differ among the ranks that share averages."""
     positions = apart(list(numbers.values()), core.store.shares.mesh)
     return [list(numbers)[position] for position in positions]
 
@@ -264,7 +264,7 @@ def _kinds(core: Core, entries: Sequence[Entry]) -> list[tuple[object, ...]]:
 
 
 def _settings(core: Core, entries: Sequence[Entry]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """What all ranks must have alike."""
+    """The settings that must be equal on all ranks of a mesh."""
     store = core.store
     yield "the tensors of the model, or rules=", ("", repr(_kinds(core, entries)))
     yield "the profiles", ("", repr(core.profiles))

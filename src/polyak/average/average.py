@@ -1,4 +1,4 @@
-"""One of the averages that a `WeightAverage` keeps, and what can be done with it."""
+"""`Average`: what can be done with one average. A `WeightAverage` with one profile is one itself."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Average:
 
     def __init__(self, core: Core, name: str, *, owner: object) -> None:
         self._core = core
-        self.__name = name
-        self.__owner = owner
+        self._given_name = name
+        self._given_owner = owner
 
     @property
     def name(self) -> str:
         """Its name."""
-        return self.__name
+        return self._given_name
 
     @property
     def _owner(self) -> object:
-        """What the user holds, for a copy of a model that holds it."""
-        return self.__owner
+        """The object that the user holds: a copy of a model that refers to it leaves it out."""
+        return self._given_owner
 
     @property
     def profile(self) -> Profile:

@@ -1,13 +1,13 @@
-"""What a `WeightAverage` and each of its averages share: the middle, where model, time and tensors meet.
+"""What a `WeightAverage` and each of its averages share.
 
 Three parts know nothing of each other. The source is the model: which tensors it has, and whether they are still the
 same. The clock is the time: it says whether a call makes an update, and the growth of each profile since an earlier
 time. The store has the averages, takes growth, and lets its `updates` decide: at once, on the device, or in a worker.
 
 An update goes from the clock by way of the check of the source to the store; the clock is replaced last, so that what
-raises leaves everything as it was. Whatever reads the averages goes by `verify`, which waits for the updates and
-follows a model that has other tensors now. Inside of a swap the store's tensors stand in the source: `swapped` says so,
-and nothing follows or updates until it ends.
+raises leaves everything as it was. Whatever reads the averages calls `verify` first; it waits for the updates, and
+rebinds if the model has new tensors. During a swap, `swapped` names the average in the model, and nothing rebinds or
+updates.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .attach import Attachment
 from .clock import Clock
 
 NonFinite: TypeAlias = Literal["raise", "skip", "propagate"]
+_EARLIER = "held at an earlier update"
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Core:
         source: the model being trained.
         store: where the averages are.
         live: modules whose tensors are the store's own, each with a watch that they still are.
-        lends: whether there was ever one: a graph that was built on it may outlive it.
+        lends: whether a live module was ever made; a graph built on it may outlive it.
         swapped: the name of the average that stands in the source.
         leaving: what ranks that share averages ask each other when the swap ends.
         training_hook: the hook that keeps optimizers from training it there.
@@ -103,8 +104,8 @@ class Core:
             raise StateError("an average cannot be pickled or copied inside of swapped(): leave the swap first")
         if self.store.meshes:
             raise StateError(
-                "an average that lies over several ranks cannot be pickled or copied, for the ranks cannot: save its "
-                "state_dict() by torch.distributed.checkpoint, or make another average of the model"
+                "an average that lies over several ranks cannot be pickled or copied, because process groups cannot: "
+                "save its state_dict() by torch.distributed.checkpoint, or make another average of the model"
             )
         # A copy has no live modules and attached optimizers until it gets its own.
         return {key: value for key, value in vars(self).items() if key not in ("live", "attachment")}
@@ -245,7 +246,7 @@ class Core:
     def reset(self) -> None:
         """Begins again, at time 0, with the source's weights as they are, whatever became of earlier updates."""
         self._refresh()
-        clock, updates = Clock(self.clock.every, self.clock.start), self.store.begun()
+        clock, updates = Clock(self.clock.every, self.clock.start), self.store.restarted()
         self.go_on(clock, updates)
         self.begin(are_copies=True)
 
@@ -283,9 +284,6 @@ class Core:
                     "(by .to(), .half() or load_state_dict(assign=True)). Drop it and ask for another one; module() "
                     "gives one that may be moved"
                 )
-
-
-_EARLIER = "held at an earlier update"
 
 
 def _raise_for(refused: Refused | None, *, when: str) -> None:

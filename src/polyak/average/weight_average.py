@@ -111,6 +111,7 @@ class WeightAverage(Average):
         shard_over: Any = None,
         nonfinite: NonFinite = "propagate",
     ) -> None:
+        # Average.__init__ is not called: name and owner are properties here, so that the object does not hold itself.
         if nonfinite not in get_args(NonFinite):
             raise ValueError(f"nonfinite={nonfinite!r}: it is one of {', '.join(map(repr, get_args(NonFinite)))}")
         profiles = named_profiles(profile)
@@ -304,8 +305,6 @@ class WeightAverage(Average):
         check_not_standing(self._core.source.bare, "adapt()")
         self._core.adapt()
 
-    # What all averages have in common: one of them may stand in the source.
-
     def swap_out(self) -> None:
         """Puts the source's own weights back, whichever average stands there; else does nothing.
 
@@ -317,8 +316,6 @@ class WeightAverage(Average):
     def raw_weights(self) -> dict[str, Tensor]:
         """The source's own weights, also while an average stands in it: a dictionary that loads strictly, of copies."""
         return raw_weights(self._core)
-
-    # Restart.
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to go on: averages, copies, clock and configuration.

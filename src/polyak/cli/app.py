@@ -31,7 +31,7 @@ app.command()(convert)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        # Rooms do not import the package itself, which knows what a checkout that is not installed is called.
+        # Packages do not import the package itself, which knows what a checkout that is not installed is called.
         typer.echo(sys.modules["polyak"].__version__)
         raise typer.Exit
 

@@ -25,6 +25,9 @@ from polyak.files.layouts import examine
 from .text import Format, Names, SkipObjects, as_options, counted, inert, number, of_bytes, read_names, share
 
 _WIDTH = 120
+_MAX_ROWS = 40
+_MAX_NAMES = 8
+_RIGHT = ("tensors", "numbers", "bytes", "NaN", "infinite")
 
 
 def inspect(
@@ -75,11 +78,6 @@ def _progress(*, wanted: bool) -> Generator[Callable[[int, int], None] | None, N
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         yield lambda done, whole: bar.update(task, completed=done, total=whole)
-
-
-_MAX_ROWS = 40
-_MAX_NAMES = 8
-_RIGHT = ("tensors", "numbers", "bytes", "NaN", "infinite")
 
 
 def show(account: Account, console: Console) -> None:

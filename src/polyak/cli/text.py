@@ -26,6 +26,8 @@ Names: TypeAlias = Annotated[
 SkipObjects: TypeAlias = Annotated[
     bool, typer.Option("--skip-objects", help="Skip objects of unknown classes; their code never runs.")
 ]
+_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
+_CUT = "..."
 
 
 def read_names(path: Path | None) -> list[str] | None:
@@ -50,8 +52,6 @@ def read_names(path: Path | None) -> list[str] | None:
     return names
 
 
-_UNITS = ("bytes", "kB", "MB", "GB", "TB", "PB", "EB")
-_CUT = "..."
 # How to give what is needed, if "give --option" does not say it.
 _ADVICE: Mapping[tuple[str, ...], str] = {
     ("average",): "choose one by --average",

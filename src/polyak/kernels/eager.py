@@ -1,4 +1,4 @@
-"""The kernels in torch's own operations: each mode's definition, on many tensors at once."""
+"""Updates in torch's own operations, the definition of each mode; and copies, in C where possible."""
 
 from __future__ import annotations
 

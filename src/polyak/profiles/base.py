@@ -1,4 +1,4 @@
-"""The contract of a profile: the one function that fixes an average, and what follows from it."""
+"""`Profile`, the function that fixes an average and what follows from it; and checks of numbers that users give."""
 
 from __future__ import annotations
 

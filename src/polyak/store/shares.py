@@ -3,6 +3,7 @@
 Each rank keeps and updates its share of every large tensor: one slice, along the dimension that lies outermost in
 memory, of the part of the source that is here. Shares are DTensors, so that what saves and lays out sharded averages
 does so with these. Nothing is sent until somebody asks for whole tensors.
+`gathering` makes them, by operations between which a swap can be interrupted.
 """
 
 from __future__ import annotations
@@ -21,6 +22,13 @@ from polyak.errors import StateError
 from polyak.kernels import stretches_of
 from polyak.model import Entry
 from polyak.ranks import Sharding, describe, is_initialized, sending
+
+Operation = Callable[[], None]
+# Of what all ranks give in one message; of each, where they are many, no less than the second.
+_MESSAGE_BYTES = 1 << 24
+_LEAST_BYTES = 1 << 16
+# Its name since torch 2.13, and the one before.
+_all_gather = getattr(distributed, "all_gather_single", None) or cast("Any", distributed).all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -222,15 +230,6 @@ def _placement(there: Sharding, replicated: int, dimension: int) -> Any:
     right = range(replicated + 1, len(there.placements))
     factor = math.prod(there.mesh.size(n) for n in right if getattr(there.placements[n], "dim", None) == dimension)
     return Shard(dimension) if factor == 1 else _StridedShard(dimension, split_factor=factor)
-
-
-Operation = Callable[[], None]
-
-# Of what all ranks give in one message; of each, where they are many, no less than the second.
-_MESSAGE_BYTES = 1 << 24
-_LEAST_BYTES = 1 << 16
-# Its name since torch 2.13, and the one before.
-_all_gather = getattr(distributed, "all_gather_single", None) or cast("Any", distributed).all_gather_into_tensor
 
 
 class _Buffer:

@@ -30,7 +30,7 @@ class Store:
         seconds: for each profile, what compensated averages are short of, by name: fractions of their last bits.
         modes: how the averages are kept.
         shares: what `shard_over` divides.
-        wholes: by name, all of each source of whose average only this rank's share is here.
+        wholes: the whole source of each average of which this rank keeps only a share, by name.
         lies: how the averages and copies lie over the ranks, by name; None for what is whole here.
         meshes: the ranks over which they lie.
         updates: who decides about an update, and what became of those so far.
@@ -82,7 +82,7 @@ class Store:
         self.copies: dict[str, Tensor] = {}
         self.swap: Swap | None = None
         self._bind(entries, Ledger((0.0,) * len(self.averages)))
-        self.updates = self.begun()
+        self.updates = self.restarted()
         self.prefer_device()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -114,8 +114,8 @@ class Store:
             )
         shares = Shares(self.shares.over, entries)
         here, there = self.shares.by_name, shares.by_name
-        # Of another whole the share may have the same shape.
-        other = {name for name in here.keys() | there.keys() if not _is_one_whole(here.get(name), there.get(name))}
+        # A share of a reshaped tensor may still have the shape of the old share.
+        other = {name for name in here.keys() | there.keys() if not _have_same_shape(here.get(name), there.get(name))}
         cut = [name for name in here.keys() & there.keys() - other if here[name].dimension != there[name].dimension]
         if cut:
             raise StateError(
@@ -207,13 +207,13 @@ class Store:
         self.updates = OnHost(transfer, rows, self.copies, check=check, seed=self.modes.seed, ledger=ledger)
 
     def prefer_device(self) -> None:
-        """Leaves it to the device whether an update is made, where some may be left out, and it can see that."""
+        """Lets the device decide, if updates may be skipped and the device can tell."""
         # The device of one rank does not know what others have found.
         if self._looks and not self.meshes:
             self.let_device_decide()
 
     def let_device_decide(self) -> OnDevice | None:
-        """Leaves it to the device, from now on, whether an update is made; None where it cannot be left to it."""
+        """Lets the device decide from now on whether an update is made; None if it cannot."""
         updates = self.updates
         if isinstance(updates, Inline) and updates.plan.deciding_kernel is not None:
             if not all(map(can_copy, *self._copy_pairs)):
@@ -233,12 +233,13 @@ class Store:
         strides = None if name not in self.wholes or is_dense(self._sources[name]) else self._sources[name].stride()
         return Row(name, self._sources[name], averages, mode, seconds, key, strides=strides)
 
-    def begun(self) -> Updates:
-        """Takes the sources as the averages; returns who goes on from there, with nothing pending and nothing made."""
+    def restarted(self) -> Updates:
+        """Copies the sources into the averages; returns the `Updates` that continues from there. The caller sets it."""
         # It is update 0, on which the random bits of those that are rounded stochastically depend.
         fresh = self.updates.resume(Ledger((0.0,) * len(self.averages), made=-1))
         fresh.submit([math.inf] * len(self.averages), at=0.0, look=False)
         failure = fresh.ledger().failure
+        # A failed copy leaves a mixture in the averages, so the updates in use must refuse from now on.
         if failure is not None:
             self.updates = self.updates.resume(self.updates.ledger()._replace(failure=failure))
         check_intact(failure)
@@ -340,5 +341,5 @@ class Store:
             self.copies[name] = tensors[name]
 
 
-def _is_one_whole(one: Share | None, other: Share | None) -> bool:
+def _have_same_shape(one: Share | None, other: Share | None) -> bool:
     return one is not None and other is not None and one.sharding.shape == other.sharding.shape

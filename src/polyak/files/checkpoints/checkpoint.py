@@ -1,4 +1,4 @@
-"""What `read` returns: the averages of a file, and an account of what else is in it."""
+"""What `read` returns: the averages of a file, as tensors mapped from it, and what else is in it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from polyak.files.containers import Between, Leaf, Pieced, Span, Stored
 from polyak.files.dtypes import DTYPES
 from polyak.files.layouts import Found, Note
 from polyak.profiles import Profile, profile_from_description
+
+_MAX_PARTS = 1_000
 
 
 class Pages:
@@ -111,9 +113,6 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise FileFormatError(f"a tensor has the dtype {name}, which this version of torch does not have")
     return dtype
-
-
-_MAX_PARTS = 1_000
 
 
 @dataclass(frozen=True, repr=False, eq=False)

@@ -23,6 +23,11 @@ STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_model")
 SUFFIXES = (".safetensors", ".bin")
 CONFIGURATION = "config.json"
 _MAX_JSON = 1 << 25
+_MAX_HEADER = 100_000_000
+_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
+# In what is known about a folder: files beside the weights in which accelerate keeps what it was given.
+STATES = "<states>"
+_STATES_PATTERN = "custom_checkpoint_*.pkl"
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -97,9 +102,6 @@ def read_indexed(index: Path, read_file: Callable[[Path], dict[Any, Any]]) -> di
     return tensors
 
 
-_MAX_HEADER = 100_000_000
-
-
 def is_safetensors(start: bytes) -> bool:
     """Whether a file that begins so has a header of JSON behind its length."""
     return len(start) > 8 and start[8:9] == b"{" and struct.unpack("<Q", start[:8])[0] <= _MAX_HEADER
@@ -128,12 +130,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         start = 0 if end > begin else place
         tensors[name] = stored(BY_SAFETENSORS[entry["dtype"]].name, shape, dense_stride(shape), start, span)
     return dict(sorted(tensors.items(), key=lambda item: item[1].span.offset)), metadata
-
-
-_INDEX = re.compile(r".+\.index(\.[^.]+)?\.json")
-# In what is known about a folder: files beside the weights in which accelerate keeps what it was given.
-STATES = "<states>"
-_STATES = "custom_checkpoint_*.pkl"
 
 
 def open_content(path: str | os.PathLike[str], *, skip_objects: bool = False) -> Content:
@@ -193,7 +189,7 @@ def _open_folder(folder: Path, skip_objects: bool) -> Content:
         )
     tensors = _open(file, skip_objects).tree
     about = _configuration(folder)
-    states = sorted(state.name for state in folder.glob(_STATES))
+    states = sorted(state.name for state in folder.glob(_STATES_PATTERN))
     if states:
         about = {**about, STATES: states}
     return Content(folder, "folder", tensors, about, _size(folder))

@@ -53,7 +53,7 @@ class Reader:
             self._files.clear()
 
     def expect(self, leaf: Leaf, region: Region) -> None:
-        """Tells the system what will be read: a disk is faster with many wishes at once than with one at a time."""
+        """Tells the system what will be read: a disk is faster with many requests at once than with one at a time."""
         for stored in parts_of(leaf):
             if isinstance(stored, Stored):
                 offset, num_bytes = _place(stored, region)

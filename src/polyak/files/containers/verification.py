@@ -22,6 +22,11 @@ CHECKSUMS = "polyak.checksums"
 CHECKSUM_DIGITS = 16
 _CHUNK = 1 << 16
 _START = 64
+# An attribute of MS-DOS. Memory that torch.load reads nothing into has whatever was there.
+_IS_FOLDER = 0x10
+_NONE = "it is cut off, its list of records is wrong, or torch.save did not write it"
+# Each of these yields the bytes of every record that fits, a problem for every other one, and notes.
+_Results = Iterator["int | Problem | str"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +92,6 @@ def verify(paths: Iterable[Path], *, progress: Callable[[int], None] | None = No
                 num_fitting += 1
                 num_bytes += result
     return Verification(num_fitting, num_bytes, tuple(problems), tuple(notes))
-
-
-# An attribute of MS-DOS. Memory that torch.load reads nothing into has whatever was there.
-_IS_FOLDER = 0x10
-_NONE = "it is cut off, its list of records is wrong, or torch.save did not write it"
-# Each of these yields the bytes of every record that fits, a problem for every other one, and notes.
-_Results = Iterator["int | Problem | str"]
 
 
 def _archive(path: Path, tell: Callable[[int], None]) -> _Results:

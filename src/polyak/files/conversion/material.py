@@ -1,4 +1,4 @@
-"""What a conversion writes from: whole sets of tensors, cast once, tied where they were tied in the file."""
+"""What a conversion writes from: sets of tensors, cast once and tied as in the file; updates made; the decay."""
 
 from __future__ import annotations
 

@@ -12,6 +12,10 @@ from polyak.files.layouts import Note
 _MAX_INTEGER = 1 << 63
 
 
+# Bytes of tensors that are read for an account at most, about, unless more are asked for.
+BUDGET = 1 << 26
+
+
 @dataclass(frozen=True, slots=True)
 class WeightSet:
     """One average, or the weights that are trained.

@@ -15,11 +15,10 @@ from polyak.files.containers import verify as verify_files
 from polyak.files.layouts import Found, Note
 from polyak.profiles import Exponential, Power, Profile, Uniform, profile_from_description
 
-from .account import Account, ProfileAccount, Reading, WeightSet
+from .account import BUDGET, Account, ProfileAccount, Reading, WeightSet
 from .comparison import distances, is_looked_at, look, nonfinite, rows
 from .contents import Contents
 
-_BUDGET = 1 << 26
 _RAW = "raw"
 _MAX_TIME = 1 << 63
 
@@ -27,7 +26,7 @@ _MAX_TIME = 1 << 63
 def inspect(
     found: Found,
     *,
-    budget: int = _BUDGET,
+    budget: int = BUDGET,
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Account:

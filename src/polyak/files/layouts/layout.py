@@ -58,14 +58,14 @@ class Found:
 
     Attributes:
         content: the file.
-        layout: that it is of.
+        layout: the layout of the file.
         averages: tensors by the name of the average and their own.
         raw: the raw weights by name; none if the file has none.
         counters: numbers that say how far the training was.
         decay: of the average, if the file has it.
         profiles: descriptions of the profiles by the name of the average, likewise.
         has_names: whether the averages go by names; if not, by positions.
-        missing: names that the raw weights have and an average lacks.
+        missing: names that an average lacks: the raw weights have them, or the file has no plain tensor for them.
         notes: what else a user should know.
     """
 
@@ -111,7 +111,7 @@ class Layout:
         beside: the name of a neighbour that has the raw weights, with the groups of `file` in it.
         is_positional: whether the tensors are without names, in the order of the model's parameters.
         may_stand_in: whether people keep it under a key of a dictionary of their own.
-        is_fallback: whether it is thought of only when nothing else is found.
+        is_fallback: whether it is tried only if no other layout fits.
         only_tensors: whether there may be nothing else than tensors and numbers.
         test: what else must hold for a file to be of this layout.
         code: does what a row cannot say, after all else was found.

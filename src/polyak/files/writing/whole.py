@@ -18,6 +18,9 @@ if sys.platform != "win32":
 
 _TOKEN_BYTES = 8
 _ENDING = ".tmp"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NOT_FLUSHED_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
+_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 
 @contextmanager
@@ -131,11 +134,6 @@ def _prefix(target: Path) -> str:
     room = longest - len(f"..polyak-{_ENDING}") - 2 * _TOKEN_BYTES
     name = os.fsencode(target.name)[:room].decode(errors="ignore")
     return f".{name}.polyak-"
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_NOT_FLUSHED_THERE = (errno.EINVAL, errno.ENOTSUP, errno.EACCES)
-_SEPARATORS = tuple(filter(None, (os.sep, os.altsep)))
 
 
 @contextmanager

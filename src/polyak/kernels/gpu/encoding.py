@@ -42,11 +42,6 @@ LEAVES, COPIES = -1.0, 2.0
 MADE, SKIPPED, STEP_KEY, MIXED_SEED, VERDICT = range(5)
 
 
-def row_columns(num_profiles: int) -> int:
-    """The number of columns of a row."""
-    return AVERAGE_COLUMNS + 2 * num_profiles
-
-
 def kind_of(mode: Mode, *, source: torch.dtype, average: torch.dtype, is_vector: bool) -> int:
     """The kind of a chunk.
 

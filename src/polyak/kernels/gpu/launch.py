@@ -1,4 +1,4 @@
-"""The kernel in Triton: every average of many tensors in one launch, whatever their dtypes and modes."""
+"""Launches of the Triton kernels: every average of many tensors in one, and copies that the device decides about."""
 
 from __future__ import annotations
 

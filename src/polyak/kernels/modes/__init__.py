@@ -1,4 +1,4 @@
-"""Modes: how averages are moved and rounded. Each is one value, with all that is said of it in its file."""
+"""Modes: how averages are moved and rounded. Each is one object in a file of its own."""
 
 from .compensated import compensated as compensated
 from .mode import Mode as Mode

@@ -1,4 +1,4 @@
-"""What a mode says of itself."""
+"""`Mode`: what each mode must define."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
  */
 #include "common.h"
 
-/* It must equal the number in compiled.py. Raise both whenever a function or a structure changes. */
+/* It must equal the number in work.py. Raise both whenever a function or a structure changes. */
 EXPORT int polyak_version(void) { return 3; }
 
 /* Two addresses and a number of bytes. */

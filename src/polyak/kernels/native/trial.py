@@ -1,4 +1,7 @@
-"""Tests the way in which C asks Python and torch before it is used: every change must be detected."""
+"""Tests the way in which C asks Python and torch before it is used: every change must be detected.
+
+Also counts changes of many tensors.
+"""
 
 from __future__ import annotations
 

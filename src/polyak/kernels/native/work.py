@@ -1,4 +1,4 @@
-"""How the work of a call in C is cut and shared: tensors into chunks, and chunks among threads."""
+"""The compiled library; and how the work of a call is cut into chunks, and shared among threads."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ from polyak.errors import outside
 
 # Of the functions and structures in C; it must equal the number in passes.c.
 _VERSION = 3
+# Elements of one row of a table: a chunk of the source stays in the cache while all its averages are updated.
+CHUNK_ELEMENTS = 1 << 14
+# Elements for each further thread: waking a thread costs about as much as updating that many.
+ELEMENTS_PER_THREAD = 1 << 15
+# A call over at most this many elements is faster alone than with a thread that is waited for.
+_SMALL = 1 << 23
+# A call that takes longer than this did not work but wait: a scheduler gives others milliseconds.
+_PATIENCE_NANOSECONDS = 500_000
+_NANOSECONDS_PER_ELEMENT = 1
+# How many calls are made alone after a wait, and how many must be in time for the next wait to be a rare one.
+_FEWEST_ALONE, _MOST_ALONE = 16, 1024
+_RARE = 256
 
 
 @functools.cache
@@ -58,20 +70,6 @@ def function(name: str, *arguments: Any) -> Callable[..., None]:
     found.argtypes = arguments
     found.restype = None
     return found
-
-
-# Elements of one row of a table: a chunk of the source stays in the cache while all its averages are updated.
-CHUNK_ELEMENTS = 1 << 14
-# Elements for each further thread: waking a thread costs about as much as updating that many.
-ELEMENTS_PER_THREAD = 1 << 15
-# A call over at most this many elements is faster alone than with a thread that is waited for.
-_SMALL = 1 << 23
-# A call that takes longer than this did not work but wait: a scheduler gives others milliseconds.
-_PATIENCE_NANOSECONDS = 500_000
-_NANOSECONDS_PER_ELEMENT = 1
-# How many calls are made alone after a wait, and how many must be in time for the next wait to be a rare one.
-_FEWEST_ALONE, _MOST_ALONE = 16, 1024
-_RARE = 256
 
 
 class Work(ctypes.Structure):

@@ -34,7 +34,7 @@ class OnDevice:
     def __init__(
         self, inline: Inline, kernel: Triton, copies: tuple[Sequence[Tensor], Sequence[Tensor]], *, seed: int
     ) -> None:
-        pending, made, self.since, *_ = inline.ledger()
+        pending, made, self.since, self._refused, _ = inline.ledger()
         self._inline = inline
         self.plan = inline.plan
         self.is_advanced = False
@@ -88,14 +88,20 @@ class OnDevice:
 
     def late(self) -> Refused | None:
         """What became known of updates that the device has left out, once it has made the steps so far."""
+        self._collect()
+        names, self._refused = self._refused, ()
+        return Refused(names) if names else None
+
+    def _collect(self) -> None:
         known, self._num_bad = self._num_bad, self._control.num_skipped()
-        names = self._kernel.bad_names() if self._num_bad > known else []
-        return Refused(tuple(names)) if names else None
+        if self._num_bad > known:
+            self._refused = tuple(dict.fromkeys((*self._refused, *self._kernel.bad_names())))
 
     def ledger(self) -> Ledger:
         """What became of the updates; waits for the device."""
         pending, made = self._control.read()
-        return Ledger(tuple(pending), made, self.since)
+        self._collect()
+        return Ledger(tuple(pending), made, self.since, self._refused)
 
     def num_made(self) -> int:
         """How many updates were made; waits for the device."""

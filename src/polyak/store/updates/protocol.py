@@ -96,7 +96,7 @@ class Updates(Protocol):
         ...
 
     def resume(self, ledger: Ledger) -> Updates:
-        """Who goes on in this one's place from what was pending and made elsewhere; this one is left as it is."""
+        """A successor that continues from this ledger; this object keeps its own."""
         ...
 
     def late(self) -> Refused | None:
