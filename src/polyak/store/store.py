@@ -248,13 +248,14 @@ class Store:
     def show_changes(self) -> None:
         """Lets whoever holds the averages themselves see that they changed, as modules do.
 
-        A graph which was built on an average before, and needs it as it was, raises then, and does not mislead. Nothing
+        A graph which was built on an average before, and needs it as it was, raises then, and does not mislead. No worker
         changes the averages any more when this returns.
 
         Raises:
             StateError: an update failed.
         """
-        self.updates.ledger().checked()
+        if isinstance(self.updates, OnHost):
+            self.updates.ledger().checked()
         if self._versions is None:
             averages = [tensor for averages in self.averages.values() for tensor in averages.values()]
             self._versions = Versions([*averages, *self.copies.values()])
