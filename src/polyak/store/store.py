@@ -248,8 +248,8 @@ class Store:
     def show_changes(self) -> None:
         """Lets whoever holds the averages themselves see that they changed, as modules do.
 
-        A graph which was built on an average before, and needs it as it was, raises then, and does not mislead. No worker
-        changes the averages any more when this returns.
+        A graph which was built on an average before, and needs it as it was, raises then, and does not mislead. When
+        this returns no worker changes the averages any more.
 
         Raises:
             StateError: an update failed.
