@@ -1,4 +1,4 @@
-"""FSDP's first kind, whose ranks have stretches of parameters; and what only FSDP2 can do, which errors say."""
+"""FSDP1, whose ranks have stretches of parameters; and what only FSDP2 can do, which errors say."""
 
 import pytest
 import torch

@@ -34,7 +34,7 @@ class Source:
         entries: its tensors.
         shardings: how entries lie over the ranks, by name; plain ones are not among them.
         meshes: the ranks over which they lie.
-        flat_rank: this one's number and that of all, where FSDP's first kind spreads stretches of parameters over them.
+        flat_rank: this one's number and that of all, where FSDP1 spreads stretches of parameters over them.
         frozen_sums: the sums of the bits of frozen parameters, by name.
 
     Args:

@@ -1,4 +1,4 @@
-"""What ranks send to each other, and which do. What sends is for all that it concerns, and waits for the others.
+"""The messages between ranks, and which ranks send them. Each call waits until every rank concerned makes it.
 
 A rank that is lost, or that does not make the same call, ends the waiting by the timeout of torch's process group.
 """
