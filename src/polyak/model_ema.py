@@ -56,6 +56,7 @@ class ModelEma:
         FileFormatError: the resume file is damaged, is no dictionary, or holds objects whose loading could run code.
         FileNotFoundError: there is no such file.
         MismatchError: the resume file is of another model.
+        StateError: another average stands in the model.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -80,6 +81,7 @@ class ModelEma:
         self.ema_has_module = hasattr(model, "module")
         chosen = None if device is None or device == "" else torch.device(device)
         self._source = Source(model, {}, include_frozen=True, any_device=chosen is not None)
+        check_not_standing(self._source.bare, "ModelEma()")
         if self._source.shardings or self._source.flat_rank is not None:
             raise StateError(
                 f"ModelEma keeps a whole module, and this {type(unwrap(model)).__name__} is sharded over ranks; "

@@ -188,6 +188,9 @@ class TestWhatIsDoneInside:
                 lambda: average.swapped().__enter__(),
                 lambda: average.load_state_dict(state),
                 lambda: average.copy_to(model),
+                lambda: polyak.WeightAverage(model),
+                lambda: polyak.ModelEma(model),
+                lambda: polyak.ModelEma(model[0]),
             ):
                 with pytest.raises(polyak.StateError, match=r"inside of swapped\(\): the average 'average' stands in"):
                     call()

@@ -74,7 +74,8 @@ class WeightAverage(Average):
             bytes at each update, the only one that is ever sent there, and wait for it.
 
     Raises:
-        StateError: there is nothing to average, or a tensor that cannot be averaged or, among these ranks, divided.
+        StateError: there is nothing to average, or a tensor that cannot be averaged or, among these ranks, divided; or
+            another average stands in the model.
         TypeError: `shard_over` is no process group and no mesh.
         MismatchError: two tensors of the model share memory without being the same tensor; or ranks over which the
             model or its averages are sharded have another model or other arguments.
@@ -117,6 +118,7 @@ class WeightAverage(Average):
         profiles = named_profiles(profile)
         clock = make_clock(every=every, start=start)
         source = Source(model, rules or {}, any_device=device is not None, hint=_ADAPT)
+        check_not_standing(source.bare, "WeightAverage()")
         modes = Modes(dtype, compensated, seed)
         if source.flat_rank is not None and (modes.is_stochastic or nonfinite != "propagate" or shard_over is not None):
             raise StateError(
