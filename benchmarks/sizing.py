@@ -25,7 +25,7 @@ EVERY = (1, 10, 100)
 RANKS_OF_A_NODE = 8
 BILLION = 1e9
 GIGABYTE = 1e9
-# Where the bytes of an update go, in the order of `Place.seconds`.
+# What takes the time of an update, in the order of `Place.seconds`.
 WAYS = ("GPU", "PCIe", "CPU")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path as _Path
 # can do without. Type checkers read the same list.
 _LIST = _Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
 _MODULES = {name: module for module, name in _re.findall(r"^from (\S+) import \w+ as (\w+)$", _LIST, _re.MULTILINE)}
-__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = sorted(_MODULES)  # pyright: ignore[reportUnsupportedDunderAll]  # it is read from the stub
 
 try:
     __version__ = _version("polyak")

@@ -12,18 +12,8 @@ from torch import distributed
 
 import ranks
 
-MODULES = [
-    "sharded_checks",
-    "sharded_state_checks",
-    "sharded_layout_checks",
-    "sharded_export_checks",
-    "sharded_host_checks",
-    "sharded_flat_checks",
-    "sharded_sync_checks",
-    "sharded_share_checks",
-    "sharded_share_errors_checks",
-]
 SUPPORT = Path(__file__).parents[1] / "support"
+MODULES = sorted(path.stem for path in SUPPORT.glob("sharded_*checks.py"))
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or not distributed.is_available(), reason="needs fork and torch.distributed"

@@ -17,7 +17,7 @@ from polyak.ranks import apart, given_by_all, is_initialized, reduced, sending
 
 from .core import Core
 
-# What is compared, by the name of a number or of a tensor: where it lies in the whole, and its digest.
+# By the name of a setting or a tensor: which part of the whole it is, and its digest.
 _Digests = dict[str, tuple[str, str]]
 # The topic of ranks that have raised an error.
 _ERROR = "error"
@@ -189,7 +189,7 @@ def _compare(core: Core, topics: Sequence[str], numbers: Mapping[Any, Mapping[st
 
 
 def _lines(core: Core, topics: Sequence[str]) -> list[tuple[Any, int, list[str]]]:
-    """Along which dimensions of which meshes ranks compare what; the largest mesh is last."""
+    """What ranks compare along each dimension of each mesh; the largest mesh is last."""
     lines = [
         (mesh, d, [topic for topic in topics if topic not in _AMONG_SHARES])
         for mesh in core.store.meshes

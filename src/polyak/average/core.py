@@ -125,7 +125,7 @@ class Core:
 
     @property
     def looks(self) -> bool:
-        """Whether updates are left out where the source is not finite."""
+        """Whether an update is left out if the source is not finite."""
         return self.nonfinite != "propagate"
 
     def update(self, at: float | None) -> None:
